@@ -1,0 +1,42 @@
+# Each target works on a fresh machine with Python 3.11 or later and no packages: it makes .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install quickstart test test-fast lint tensorboard embedded-data clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(STAMP)  ## make .venv and install the project with pinned versions
+
+quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
+	$(BIN)/python -m experiments.run --exp=quickstart
+
+test: $(STAMP)  ## every test, the slow ones too
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)  ## format check, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+tensorboard: $(STAMP)  ## curves and pictures of every run, on http://localhost:6006
+	$(BIN)/tensorboard --logdir outputs
+
+embedded-data: $(STAMP)  ## rebuild assets/emoji from the packages it is made of, byte for byte
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[emoji]"
+	$(BIN)/python -m dcar.data.sources.emoji --out assets/emoji
+
+clean:  ## remove .venv and outputs
+	rm -rf $(VENV) outputs

@@ -1,0 +1,1 @@
+"""DC-AR: masked autoregressive text-to-image generation over a deep compression tokenizer."""
