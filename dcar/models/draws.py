@@ -1,4 +1,4 @@
-"""All randomness of one training step, drawn for the global batch. Shapes: B images of this rank."""
+"""All randomness of one training step, drawn for the global batch. B: images of this rank."""
 
 import torch
 from torch import Tensor
