@@ -1,0 +1,148 @@
+"""The shape of the repository: who imports whom, one test file per file, sizes, no local paths."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dcar
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "dcar").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
+MODULES = [path for path in SOURCES if path.name != "__init__.py"]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+# Folder -> (what of this project it may import, what it never imports). docs/architecture.md.
+LIGHTNING, CONFIG = {"lightning", "pytorch_lightning"}, {"omegaconf", "hydra"}
+TABLE: dict[str, tuple[tuple[str, ...], set[str]]] = {
+    "dcar/models": (("dcar.models",), LIGHTNING | CONFIG | {"webdataset", "torchmetrics"}),
+    "dcar/data": (("dcar.data",), LIGHTNING | CONFIG),
+    "dcar/evaluation": (("dcar.models", "dcar.data", "dcar.evaluation"), LIGHTNING | CONFIG),
+    "dcar/lit": (("dcar.models", "dcar.data", "dcar.evaluation", "dcar.lit"), CONFIG),
+    "dcar/pipeline.py": (("dcar.models", "dcar.data"), LIGHTNING | CONFIG),
+    "dcar/__init__.py": (("dcar",), LIGHTNING | CONFIG),
+    "experiments": (("dcar", "experiments"), set()),
+}
+# Tests that mirror no single source file, and why.
+NO_SOURCE = {
+    "test_contributing.py": "runs the worked example of CONTRIBUTING.md",
+    "test_environment.py": "holds the lists of packages equal",
+    "test_imports.py": "this file",
+    "experiments/test_configs.py": "every file under experiments/configs",
+}
+# Sources that need no test of their own name, and why.
+NO_TEST: dict[str, str] = {}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def dotted(path: Path) -> str:
+    return relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(module, relative level) of every import statement, also those inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, 0) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node.level))
+    return found
+
+
+def mirror_of(source: Path) -> str:
+    """dcar/a/b.py -> a/test_b.py; experiments/run.py -> experiments/test_run.py."""
+    folder, _, name = relative(source).removeprefix("dcar/").rpartition("/")
+    return f"{folder}/test_{name}".removeprefix("/")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_a_file_imports_only_what_its_folder_may(path: Path) -> None:
+    rows = [row for folder, row in TABLE.items() if f"{relative(path)}/".startswith(f"{folder}/")]
+    assert len(rows) == 1, f"the import table has {len(rows)} rows for {relative(path)}"
+    allowed, never = rows[0]
+    for module, _ in imports(path):
+        root = module.split(".")[0]
+        assert root not in never, f"{relative(path)} imports {module}"
+        if root in ("dcar", "experiments"):
+            inside = any(f"{module}.".startswith(f"{name}.") for name in allowed)
+            assert inside, f"{relative(path)} imports {module}; it may import {allowed}"
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=relative)
+def test_imports_are_absolute(path: Path) -> None:
+    assert [module for module, level in imports(path) if level] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_every_module_imports(path: Path) -> None:
+    importlib.import_module(dotted(path))
+
+
+def test_every_public_name_resolves() -> None:
+    names = getattr(dcar, "__all__", [])
+    assert names, "dcar/__init__.py names no public API"
+    for name in names:
+        assert getattr(dcar, name) is not None
+
+
+def test_pure_functions_import_without_the_heavy_packages() -> None:
+    code = "import sys, dcar.models.masking; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"transformers", "lightning", "hydra"}.isdisjoint(done.stdout.split())
+
+
+def test_every_source_file_has_a_test_file() -> None:
+    missing = [
+        relative(path) for path in MODULES if not (ROOT / "tests" / mirror_of(path)).exists()
+    ]
+    assert sorted(set(missing) - set(NO_TEST)) == []
+
+
+def test_every_test_file_has_a_source_file() -> None:
+    mirrored = {mirror_of(path) for path in MODULES}
+    present = {p.relative_to(ROOT / "tests").as_posix() for p in TESTS if p.name[:5] == "test_"}
+    assert sorted(present - mirrored - set(NO_SOURCE)) == []
+
+
+def test_init_files_are_empty_but_the_package_s_own() -> None:
+    filled = [relative(path) for path in SOURCES if path.name == "__init__.py" and path.read_text()]
+    assert filled == ["dcar/__init__.py"]
+    assert [relative(path) for path in TESTS if path.name == "__init__.py"] == []
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=relative)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= 60, f"{node.name} has {lines} lines"
+
+
+def committed_texts() -> list[Path]:
+    suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".cff", ".json", ".ini", ""}
+    folders = ["dcar", "experiments", "tests", "docs", "benchmarks", "assets", ".ci"]
+    inside = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    kept = [path for path in [*ROOT.glob("*"), *inside] if path.suffix in suffixes]
+    return sorted(path for path in kept if path.is_file() and "__pycache__" not in path.parts)
+
+
+def test_no_text_names_a_path_of_one_machine() -> None:
+    """Tests may speak of the temporary folder; nothing may speak of a checkout's own place."""
+    checkout, temporary = (re.compile(rf"(?<![\w.-])/{name}/") for name in ("work", "tmp"))
+    guilty = []
+    for path in committed_texts():
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if checkout.search(text) or (path not in TESTS and temporary.search(text)):
+            guilty.append(relative(path))
+    assert guilty == []
