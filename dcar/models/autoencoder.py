@@ -1,0 +1,318 @@
+"""DC-AE encoder and decoder (arXiv 2410.10733, used by DC-AR, arXiv 2507.04947, section 3).
+
+B batch, S image side, f downsample, C latent channels, H W any feature map, D its width, N = H*W.
+Every feature map is kept channels-last in memory, so norms over channels need no copy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+HEAD_DIM = 32  # channels per attention head in every DC-AE
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, D, H, W); keeps the input's dtype under autocast."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
+            last = rearrange(features, "b d h w -> b h w d")
+            normed = F.layer_norm(last, self.normalized_shape, weight, bias, self.eps)
+        return rearrange(normed, "b h w d -> b d h w")
+
+
+class RMSNorm2d(nn.LayerNorm):
+    """Root-mean-square norm over channels with weight and bias, as in the public DC-AE weights."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
+            last = rearrange(features, "b d h w -> b h w d")
+            normed = F.rms_norm(last, self.normalized_shape, weight, self.eps) + bias
+        return rearrange(normed, "b h w d -> b d h w")
+
+
+NORMS: dict[str, type[nn.Module]] = {
+    "ln2d": LayerNorm2d,
+    "rms2d": RMSNorm2d,
+    "bn2d": nn.BatchNorm2d,
+}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
+
+
+def conv(width_in: int, width_out: int, kernel: int, *, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, bias=bias)
+
+
+def pixel_shuffle(features: Tensor) -> Tensor:
+    """As F.pixel_shuffle by 2, channels-last in memory on every device."""
+    last = rearrange(features, "b (d i j) h w -> b (h i) (w j) d", i=2, j=2)
+    return rearrange(last, "b h w d -> b d h w")
+
+
+def pixel_unshuffle(features: Tensor) -> Tensor:
+    """As F.pixel_unshuffle by 2, channels-last in memory on every device."""
+    last = rearrange(features, "b d (h i) (w j) -> b h w (d i j)", i=2, j=2)
+    return rearrange(last, "b h w d -> b d h w")
+
+
+def average_channels(features: Tensor, width: int) -> Tensor:
+    """Mean over neighbouring channels until `width` are left."""
+    return reduce(features, "b (d group) h w -> b d h w", "mean", d=width)
+
+
+def add_repeated(features: Tensor, shortcut: Tensor) -> Tensor:
+    """`features` plus `shortcut` with each channel repeated until the widths agree."""
+    grouped = features.unflatten(1, (shortcut.shape[1], -1))
+    return (grouped + shortcut.to(features.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+class Downsample(nn.Module):
+    """Half the sides: convolution and space-to-channel, plus the channel-averaging shortcut."""
+
+    def __init__(self, width_in: int, width_out: int, *, shortcut: bool = True):
+        super().__init__()
+        if width_out % 4 or (shortcut and 4 * width_in % width_out):
+            raise ValueError(
+                f"downsampling from {width_in} to {width_out} channels: the second must be a "
+                f"multiple of 4 and divide {4 * width_in} = 4 x {width_in}"
+            )
+        self.width_out, self.shortcut = width_out, shortcut
+        self.conv = conv(width_in, width_out // 4, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        halved = pixel_unshuffle(self.conv(features))  # (B, D_out, H/2, W/2)
+        if not self.shortcut:
+            return halved
+        return halved + average_channels(pixel_unshuffle(features), self.width_out)
+
+
+class Upsample(nn.Module):
+    """Double the sides: convolution and channel-to-space, plus the channel-repeating shortcut."""
+
+    def __init__(self, width_in: int, width_out: int, *, shortcut: bool = True):
+        super().__init__()
+        if shortcut and 4 * width_out % width_in:
+            raise ValueError(
+                f"upsampling from {width_in} to {width_out} channels: {width_in} must divide "
+                f"{4 * width_out} = 4 x {width_out}"
+            )
+        self.shortcut = shortcut
+        self.conv = conv(width_in, 4 * width_out, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        widened = self.conv(features)  # (B, 4*D_out, H, W)
+        if self.shortcut:
+            widened = add_repeated(widened, features)
+        return pixel_shuffle(widened)  # (B, D_out, 2H, 2W)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width: int, *, norm: str, activation: str):
+        super().__init__()
+        self.conv1 = conv(width, width, 3)
+        self.activation = ACTIVATIONS[activation]()
+        self.conv2 = conv(width, width, 3, bias=False)
+        self.norm = NORMS[norm](width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.norm(self.conv2(self.activation(self.conv1(features))))
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15) -> Tensor:
+    """Attention with weights `query . key` in O(N); all are (heads, HEAD_DIM, N), the two >= 0."""
+    context = value @ key.mT  # (heads, HEAD_DIM, HEAD_DIM)
+    weight_sum = key.sum(-1, keepdim=True).mT @ query  # (heads, 1, N)
+    return (context @ query) / (weight_sum + eps)
+
+
+def quadratic_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15) -> Tensor:
+    """The same function in O(N^2), cheaper and with fewer roundings while N <= HEAD_DIM."""
+    weights = key.mT @ query  # (heads, N keys, N queries)
+    return value @ (weights / (weights.sum(-2, keepdim=True) + eps))
+
+
+class LiteMLA(nn.Module):
+    """Linear attention with a ReLU kernel, in fp32 (DC-AE: single scale, arXiv 2205.14756)."""
+
+    def __init__(self, width: int, *, norm: str):
+        super().__init__()
+        if width % HEAD_DIM:
+            raise ValueError(f"attention over {width} channels needs a multiple of {HEAD_DIM}")
+        self.qkv = conv(width, 3 * width, 1, bias=False)
+        self.project = conv(width, width, 1, bias=False)
+        self.norm = NORMS[norm](width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.norm(self.project(self.attend(self.qkv(features), features.shape[-1])))
+
+    def attend(self, qkv: Tensor, columns: int) -> Tensor:
+        batch, dtype = len(qkv), qkv.dtype
+        with torch.autocast(qkv.device.type, enabled=False):
+            qkv = qkv.to(torch.float32, memory_format=torch.contiguous_format)
+            qkv = rearrange(qkv, "b (heads d) h w -> (b heads) d (h w)", d=3 * HEAD_DIM)
+            query, key = F.relu(qkv[:, : 2 * HEAD_DIM]).chunk(2, dim=1)  # (heads, HEAD_DIM, N)
+            is_linear = qkv.shape[-1] > HEAD_DIM
+            attention = linear_attention if is_linear else quadratic_attention
+            attended = attention(query, key, qkv[:, 2 * HEAD_DIM :]).to(dtype)
+        last = rearrange(attended, "(b heads) d (h w) -> b h w (heads d)", b=batch, w=columns)
+        return rearrange(last, "b h w d -> b d h w")
+
+
+class GLUMBConv(nn.Module):
+    """Inverted bottleneck with a depthwise convolution and a gate (SANA, arXiv 2410.10629)."""
+
+    def __init__(self, width: int, *, norm: str, activation: str, expand: int = 4):
+        super().__init__()
+        hidden = 2 * expand * width
+        self.expand = conv(width, hidden, 1)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.activation = ACTIVATIONS[activation]()
+        self.project = conv(hidden // 2, width, 1, bias=False)
+        self.norm = NORMS[norm](width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.depthwise(self.activation(self.expand(features)))  # (B, 8D, H, W)
+        values, gate = hidden.chunk(2, dim=1)
+        return self.norm(self.project(values * self.activation(gate)))  # (B, D, H, W)
+
+
+class EViTBlock(nn.Module):
+    def __init__(self, width: int, *, norm: str, activation: str):
+        super().__init__()
+        self.attention = LiteMLA(width, norm=norm)
+        self.local = GLUMBConv(width, norm=norm, activation=activation)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features + self.attention(features)
+        return features + self.local(features)
+
+
+BLOCKS: dict[str, type[nn.Module]] = {"res": ResBlock, "evit": EViTBlock}
+
+
+def check_stages(
+    *, widths: Sequence[int], depths: Sequence[int], **per_stage: Sequence[str]
+) -> None:
+    known = {"blocks": BLOCKS, "norms": NORMS, "activations": ACTIVATIONS}
+    for name, values in {"depths": depths, **per_stage}.items():
+        if len(values) != len(widths):
+            raise ValueError(f"{name} has {len(values)} stages but widths has {len(widths)}")
+    for name, values in per_stage.items():
+        for value in values:
+            if value not in known[name]:
+                raise ValueError(f"unknown {value!r} in {name}: choose from {sorted(known[name])}")
+    if depths[0] == 0 and len(widths) < 2:
+        raise ValueError(f"an empty first stage needs a second one, got {len(widths)} stage")
+
+
+def check_latent(latent_channels: int, width: int) -> None:
+    if width % latent_channels:
+        raise ValueError(
+            f"the innermost width {width} must be a multiple of latent_channels {latent_channels}"
+        )
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, S, S) in [-1, 1] to latent (B, C, S/f, S/f), f = 2 ** (stages - 1).
+
+    `widths`, `depths` and `blocks` ("res" or "evit") have one entry per stage, finest first. With
+    `depths[0] == 0` the first stage vanishes: pixels are taken straight to half the side and to
+    `widths[1]` channels (arXiv 2410.10733). Raises ValueError where widths cannot be connected.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        blocks: Sequence[str],
+        norm: str = "ln2d",
+        activation: str = "silu",
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        check_stages(
+            widths=widths,
+            depths=depths,
+            blocks=blocks,
+            norms=[norm] * len(widths),
+            activations=[activation] * len(widths),
+        )
+        check_latent(latent_channels, widths[-1])
+        self.latent_channels, self.downsample = latent_channels, 2 ** (len(widths) - 1)
+        self.project_in: nn.Module
+        if depths[0] > 0:
+            self.project_in = conv(in_channels, widths[0], 3)
+        else:
+            self.project_in = Downsample(in_channels, widths[1], shortcut=False)
+        self.stages = nn.ModuleList()
+        for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            block = BLOCKS[blocks[index]]
+            layers = [block(width, norm=norm, activation=activation) for _ in range(depth)]
+            if index < len(widths) - 1 and (index > 0 or depth > 0):
+                layers.append(Downsample(width, widths[index + 1]))
+            self.stages.append(nn.Sequential(*layers))
+        self.project_out = conv(widths[-1], latent_channels, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.project_in(image.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            features = stage(features)
+        averaged = average_channels(features, self.latent_channels)
+        return self.project_out(features) + averaged  # (B, C, S/f, S/f)
+
+
+class Decoder(nn.Module):
+    """Latent (B, C, S/f, S/f) to image (B, 3, S, S), not clamped; mirrors `Encoder`.
+
+    All lists have one entry per stage, finest first, and run backwards. `norms` takes "ln2d",
+    "rms2d" or "bn2d"; `out_norm` is the one before the last convolution.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        blocks: Sequence[str],
+        norms: Sequence[str],
+        activations: Sequence[str],
+        out_norm: str,
+        out_channels: int = 3,
+    ):
+        super().__init__()
+        check_stages(
+            widths=widths, depths=depths, blocks=blocks, norms=norms, activations=activations
+        )
+        check_latent(latent_channels, widths[-1])
+        self.latent_channels, self.downsample = latent_channels, 2 ** (len(widths) - 1)
+        self.project_in = conv(latent_channels, widths[-1], 3)
+        self.stages = nn.ModuleList()
+        for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            layers: list[nn.Module] = []
+            if index < len(widths) - 1 and (index > 0 or depth > 0):
+                layers.append(Upsample(widths[index + 1], width))
+            block, norm, activation = BLOCKS[blocks[index]], norms[index], activations[index]
+            layers += [block(width, norm=norm, activation=activation) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*layers))
+        width = widths[0] if depths[0] > 0 else widths[1]
+        self.out_norm = NORMS[out_norm](width)
+        self.project_out: nn.Module
+        if depths[0] > 0:
+            self.project_out = conv(width, out_channels, 3)
+        else:
+            self.project_out = Upsample(width, out_channels, shortcut=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        latent = latent.contiguous(memory_format=torch.channels_last)
+        features = add_repeated(self.project_in(latent), latent)  # (B, widths[-1], H, W)
+        for stage in reversed(self.stages):
+            features = stage(features)
+        return self.project_out(F.relu(self.out_norm(features)))  # (B, 3, S, S)

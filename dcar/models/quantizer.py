@@ -1,0 +1,227 @@
+"""Vector quantisers: latent -> nearest codes, and ids -> codes.
+
+B batch, C latent channels, H W latent grid, K codebook size, M = B*H*W vectors of one call.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dcar.models.kmeans import nearest_codes
+
+REVIVAL_SHARPNESS = 10.0  # arXiv 2307.15139
+ENTROPY_TEMPERATURE = 0.01  # arXiv 2412.02692
+HASH_FACTORS = (2654435761, 40503)  # Knuth's multiplicative hash: strides prime to any batch
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One call's result; `continuous` and `discrete` are fp32."""
+
+    continuous: Tensor  # (B, C, H, W): what the codes stand for, normalised where the codes are
+    discrete: Tensor  # (B, C, H, W): equals lookup(ids); its gradient goes to `continuous`
+    ids: Tensor  # (B, H, W) int64
+    loss: Tensor  # scalar
+
+
+def count_codes(ids: Tensor, num_codes: int) -> Tensor:
+    """How often each code occurs, (K,) int64."""
+    ids = ids.flatten()
+    counts = torch.zeros(num_codes, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids, torch.ones_like(ids))
+
+
+def codebook_usage(counts: Tensor) -> Tensor:
+    """Share of codes that occur at all, in [0, 1]."""
+    return (counts > 0).double().mean().float()
+
+
+def codebook_perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of code frequencies, in [1, K]: K when all codes are used alike."""
+    frequencies = counts.double() / counts.sum().clamp_min(1)
+    return torch.special.entr(frequencies).sum().exp().float()
+
+
+def straight_through(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Exactly the value of `codes`, with the gradient of `vectors`."""
+    return codes.detach() + (vectors - vectors.detach())
+
+
+def entropy_penalty(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Low when each vector is sure of its code and the codes are used alike (arXiv 2310.05737).
+
+    Holds the (M, K) matrix: for small codebooks or batches.
+    """
+    affinity = (2 * vectors @ codes.T - codes.square().sum(1)) / ENTROPY_TEMPERATURE
+    probabilities = affinity.softmax(1)  # (M, K)
+    per_vector = torch.special.entr(probabilities).sum(1).mean()
+    return per_vector - torch.special.entr(probabilities.mean(0)).sum()
+
+
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+
+def gather_over_ranks(vectors: Tensor, batch: int) -> Tensor:
+    """Vectors of the global batch as one process would see them: image i is on rank i % world."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return vectors
+    gathered = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, vectors.contiguous())
+    return rearrange(torch.stack(gathered), "world (b n) c -> (b world n) c", b=batch)
+
+
+class Quantizer(nn.Module):
+    """What the tokenizer asks of a quantiser, and how often codes were used in eval mode.
+
+    `forward(latent (B, C, H, W)) -> Quantized` and `lookup(ids (B, H, W)) -> (B, C, H, W)`.
+    Counts are of this process: sum `counts` over ranks before `codebook_usage` where that matters.
+    """
+
+    counts: Tensor
+
+    def __init__(self, *, num_codes: int, dim: int):
+        super().__init__()
+        self.num_codes, self.dim = num_codes, dim
+        self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
+
+    def count(self, ids: Tensor) -> None:
+        self.counts += count_codes(ids, self.num_codes)
+
+    def reset_usage(self) -> None:
+        self.counts.zero_()
+
+    def usage(self) -> Tensor:
+        return codebook_usage(self.counts)
+
+    def perplexity(self) -> Tensor:
+        return codebook_perplexity(self.counts)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class VectorQuantizer(Quantizer):
+    """The nearest of K learned codes, by angle if `normalize` (DC-AR section 3, docs/method.md).
+
+    With `normalize` latents and codes have length one, so `continuous` is the unit-length latent.
+    `commitment` weighs the pull of latents to codes, `codebook_weight` that of codes to latents.
+    `revival_decay` (0.99 in arXiv 2307.15139; None switches it off) is the decay of a running mean
+    of code usage; in training mode rarely used codes move onto latents of the batch, on all ranks
+    alike. Computes in fp32, whatever autocast says. ids tie to the lowest.
+    """
+
+    initialized: Tensor
+    usage_mean: Tensor
+    revivals: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_codes: int,
+        dim: int,
+        normalize: bool = True,
+        commitment: float = 0.25,
+        codebook_weight: float = 1.0,
+        revival_decay: float | None = None,
+        entropy_weight: float = 0.0,
+    ):
+        super().__init__(num_codes=num_codes, dim=dim)
+        if revival_decay is not None and not 0 < revival_decay < 1:
+            raise ValueError(f"revival_decay {revival_decay} is not between 0 and 1")
+        self.normalize, self.commitment = normalize, commitment
+        self.codebook_weight, self.entropy_weight = codebook_weight, entropy_weight
+        self.revival_decay = revival_decay
+        codebook = torch.empty(num_codes, dim).uniform_(-1 / num_codes, 1 / num_codes)
+        self.codebook = nn.Parameter(self.on_sphere(codebook))
+        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("usage_mean", torch.zeros(num_codes))
+        self.register_buffer("revivals", torch.tensor(0))
+
+    def on_sphere(self, vectors: Tensor) -> Tensor:
+        """Length one along the last axis, if this quantiser compares angles."""
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    def forward(self, latent: Tensor) -> Quantized:
+        with torch.autocast(latent.device.type, enabled=False):
+            batch, _, height, _ = latent.shape
+            vectors = self.on_sphere(rearrange(latent.float(), "b c h w -> (b h w) c"))  # (M, C)
+            self.revive(vectors.detach(), batch)
+            ids = self.assign(vectors.detach())  # (M,)
+            codes = self.on_sphere(F.embedding(ids, self.codebook))  # (M, C)
+            loss = self.loss(vectors, codes)
+            grid = {"b": batch, "h": height}
+            return Quantized(
+                continuous=rearrange(vectors, "(b h w) c -> b c h w", **grid),
+                discrete=rearrange(
+                    straight_through(vectors, codes), "(b h w) c -> b c h w", **grid
+                ),
+                ids=rearrange(ids, "(b h w) -> b h w", **grid),
+                loss=loss,
+            )
+
+    @torch.no_grad()
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Nearest code of each vector, (M,); usage is tallied on the way."""
+        ids = nearest_codes(vectors, self.on_sphere(self.codebook.float()))[0]
+        if not self.training:
+            self.count(ids)
+        elif self.revival_decay is not None:
+            counts = sum_over_ranks(count_codes(ids, self.num_codes)).float()
+            self.usage_mean.lerp_(counts / counts.sum(), 1 - self.revival_decay)
+        return ids
+
+    def loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
+        to_latents = F.mse_loss(codes, vectors.detach())
+        to_codes = F.mse_loss(vectors, codes.detach())
+        loss = self.codebook_weight * to_latents + self.commitment * to_codes
+        if self.entropy_weight:
+            codebook = self.on_sphere(self.codebook)
+            loss = loss + self.entropy_weight * entropy_penalty(vectors, codebook)
+        return loss
+
+    @torch.no_grad()
+    def revive(self, vectors: Tensor, batch: int) -> None:
+        """Move rarely used codes onto latents of the global batch (arXiv 2307.15139).
+
+        Runs before codes are looked up, so that `discrete` still equals `lookup(ids)` afterwards.
+        A new codebook has no usage, so its first batch replaces it whole.
+        """
+        if not self.training or self.revival_decay is None:
+            return
+        vectors = gather_over_ranks(vectors, batch)
+        # A hash of (code, step) picks the latents: the same on every rank, no generator to resume.
+        steps = self.revivals * HASH_FACTORS[1]
+        picks = torch.arange(self.num_codes, device=vectors.device) * HASH_FACTORS[0] + steps
+        anchors = vectors[picks % len(vectors)]  # (K, C)
+        sharpness = self.num_codes * REVIVAL_SHARPNESS / (1 - self.revival_decay)
+        share = torch.exp(-self.usage_mean * sharpness).unsqueeze(1)  # (K, 1): 1 for dead codes
+        self.codebook.lerp_(anchors.to(self.codebook.dtype), share.to(self.codebook.dtype))
+        self.revivals += 1
+
+    @torch.no_grad()
+    def initialize(self, codes: Tensor) -> None:
+        """Replace the codebook by `codes` (K, C), for example from k-means over latents.
+
+        All count as used alike, so revival waits until a code has been idle for some hundred steps.
+        Raises ValueError for another shape.
+        """
+        if codes.shape != self.codebook.shape:
+            raise ValueError(
+                f"codes of shape {tuple(codes.shape)} do not fit a codebook of "
+                f"{tuple(self.codebook.shape)}"
+            )
+        self.codebook.copy_(self.on_sphere(codes.float()))
+        self.usage_mean.fill_(1 / self.num_codes)
+        self.initialized.fill_(True)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Codes (B, C, H, W) of ids (B, H, W)."""
+        codes = self.on_sphere(F.embedding(ids, self.codebook.float()))
+        return rearrange(codes, "b h w c -> b c h w")
