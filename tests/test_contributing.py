@@ -51,7 +51,7 @@ def test_the_blocks_are_the_files_of_the_example() -> None:
 
 def test_the_tests_of_the_example_pass(example: ModuleType) -> None:
     tests = [test for name, test in run(TEST).items() if name.startswith("test_")]
-    assert len(tests) == 4
+    assert len(tests) == 5
     for test in tests:
         test()
 
