@@ -1,0 +1,19 @@
+"""The one collective that the losses need."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of `value` over all ranks, detached; `value` itself, detached, in one process.
+
+    Dividing a local sum by the mean over ranks of a normaliser makes the average of the ranks'
+    gradients equal to the gradient of the global sum over the global normaliser.
+    """
+    value = value.detach()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    total = value.to(torch.float32, copy=True)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -1,0 +1,114 @@
+"""The hybrid generator: masked transformer for discrete tokens, residual head for continuous ones.
+
+B batch, H W token grid, N = H*W, C latent channels, L text length, E text width.
+Source: DC-AR section 3.2.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dcar.models.distributed import mean_over_ranks
+from dcar.models.draws import Draws
+from dcar.models.losses import masked_token_loss
+from dcar.models.masking import SCHEDULES, mask_ratio, training_mask
+from dcar.models.residual_head import BaseResidualHead
+from dcar.models.transformer import MaskedTransformer, TransformerOutput
+
+
+class HybridGenerator(nn.Module):
+    """Training losses of the generator; `dcar.models.sampler.sample` draws images from it.
+
+    `residual_head` None gives the discrete-only baseline. `caption_drop` is the probability that an
+    image is trained without its caption, for guidance. `residual_positions` is "all" (DC-AR) or
+    "masked" (MAR). Raises ValueError for an unknown schedule or residual_positions, or for a
+    probability outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer: MaskedTransformer,
+        residual_head: BaseResidualHead | None = None,
+        label_smoothing: float = 0.1,
+        unmasked_weight: float = 0.1,
+        caption_drop: float = 0.1,
+        residual_weight: float = 1.0,
+        mask_schedule: str = "arccos",
+        residual_positions: str = "all",
+    ):
+        super().__init__()
+        for name, value in (("caption_drop", caption_drop), ("label_smoothing", label_smoothing)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} {value} is not in [0, 1]")
+        if mask_schedule not in SCHEDULES:
+            raise ValueError(
+                f"mask_schedule {mask_schedule!r} is not one of {', '.join(SCHEDULES)}"
+            )
+        if residual_positions not in ("all", "masked"):
+            raise ValueError(f"residual_positions {residual_positions!r} is not 'all' or 'masked'")
+        self.transformer, self.residual_head = transformer, residual_head
+        self.label_smoothing, self.unmasked_weight = label_smoothing, unmasked_weight
+        self.caption_drop, self.residual_weight = caption_drop, residual_weight
+        self.mask_schedule, self.residual_positions = mask_schedule, residual_positions
+
+    def losses(
+        self,
+        ids: Tensor,
+        residual: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        draws: Draws,
+        *,
+        caption_drop: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Scalars `loss`, `token`, `accuracy` and, with a residual head, `residual`.
+
+        ids (B, H, W) int64; residual (B, C, H, W) = continuous - discrete latents; text (B, L, E);
+        text_mask (B, L) bool, True = a real token. `caption_drop` None means the constructor's:
+        pass 0 to evaluate. `accuracy` is over masked tokens. All means are over the batches of all
+        ranks: averaged gradients equal those of one process with the whole batch.
+        """
+        mask = self._draw_mask(ids, draws)  # (B, N)
+        drop = self.caption_drop if caption_drop is None else caption_drop
+        text = self._drop_captions(text, drop, draws)
+        output = self.transformer(self._hide(ids, mask), text, text_mask)
+        terms = self._token_terms(output.logits, ids.flatten(1), mask)
+        if self.residual_head is None:
+            return {"loss": terms["token"], **terms}
+        terms["residual"] = self._residual_term(residual, output, mask, draws)
+        return {"loss": terms["token"] + self.residual_weight * terms["residual"], **terms}
+
+    def _draw_mask(self, ids: Tensor, draws: Draws) -> Tensor:
+        batch, tokens = ids.flatten(1).shape
+        ratio = mask_ratio(draws.rand(batch), self.mask_schedule)
+        return training_mask(ratio, draws.rand(batch, tokens))  # (B, N)
+
+    def _hide(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return ids.masked_fill(mask.view_as(ids), self.transformer.mask_id)
+
+    def _drop_captions(self, text: Tensor, probability: float, draws: Draws) -> Tensor:
+        """Null rows under the prompt's own mask, as sampling sees them (docs/method.md)."""
+        is_dropped = draws.rand(len(text), 1, 1) < probability
+        null = self.transformer.null_text[: text.shape[1]].to(text.dtype)  # (L, E)
+        return torch.where(is_dropped, null, text)
+
+    def _token_terms(self, logits: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        total, weight = masked_token_loss(
+            logits,
+            ids,
+            mask,
+            label_smoothing=self.label_smoothing,
+            unmasked_weight=self.unmasked_weight,
+        )
+        correct = ((logits.detach().argmax(2) == ids) & mask).sum()
+        weight, masked = mean_over_ranks(torch.stack([weight.float(), mask.sum().float()]))
+        return {"token": total / weight, "accuracy": correct / masked}
+
+    def _residual_term(
+        self, residual: Tensor, output: TransformerOutput, mask: Tensor, draws: Draws
+    ) -> Tensor:
+        assert self.residual_head is not None
+        target = rearrange(residual, "b c h w -> b (h w) c")
+        chosen = mask if self.residual_positions == "masked" else None
+        return self.residual_head.loss(target, output.hidden, draws, mask=chosen)
