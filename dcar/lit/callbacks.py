@@ -1,0 +1,135 @@
+"""What a person watches: picture grids, codebook histogram, throughput, the config as text."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dcar.evaluation.pictures import captioned_grid, reconstruction_columns, tile, to_pil
+
+
+def writer(trainer: Trainer) -> SummaryWriter | None:
+    """TensorBoard's writer on the first rank, None elsewhere and without a logger."""
+    experiment = getattr(trainer.logger, "experiment", None)
+    return experiment if isinstance(experiment, SummaryWriter) else None
+
+
+class ReconstructionGrid(Callback):
+    """One row an image of the first validation set: input | discrete | hybrid | error x4."""
+
+    def __init__(self, *, images: int = 8):
+        self.images = images
+        self.fixed: Tensor | None = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.fixed is None:
+            self.fixed = batch["image"][: self.images]
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        board = writer(trainer)
+        if board is None or self.fixed is None:
+            return
+        latents = pl_module.network.encode(self.fixed)
+        discrete = pl_module.network.decode(latents.discrete)
+        hybrid = pl_module.network.decode(latents.continuous)
+        grid = tile(reconstruction_columns(self.fixed, discrete, hybrid))
+        board.add_image("val/reconstruction", (grid + 1) / 2, trainer.global_step)
+
+
+class SampleGrid(Callback):
+    """The same prompts with the same seeds, drawn at every validation."""
+
+    def __init__(self, *, prompts: Sequence[str], columns: int = 4):
+        if not prompts:
+            raise ValueError("SampleGrid needs at least one prompt")
+        self.prompts, self.columns = list(prompts), columns
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        board = writer(trainer)
+        if board is None:
+            return
+        text, text_mask = pl_module.text_encoder(self.prompts)
+        tokens = pl_module.sample(text, text_mask, seeds=range(len(self.prompts)))
+        pictures = [to_pil(image) for image in pl_module.decode(tokens)]
+        grid = captioned_grid(pictures, self.prompts, columns=self.columns)
+        board.add_image("val/samples", np.asarray(grid), trainer.global_step, dataformats="HWC")
+
+
+class CodebookHistogram(Callback):
+    """How often the codes are used over the validation sets, most used first."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        board = writer(trainer)
+        if board is None:
+            return
+        for name, counts in pl_module.last_counts.items():
+            board.add_histogram(f"codebook/{name}_counts", counts, trainer.global_step)
+
+
+class Throughput(Callback):
+    """`perf/images_per_second` and `data/wait_share`, the part of the time spent waiting for data.
+
+    Averaged over `every_steps` batches; the first few, which compile and warm caches, are left out.
+    """
+
+    def __init__(self, *, every_steps: int = 20, warmup: int = 3):
+        self.every_steps, self.warmup = every_steps, warmup
+        self.batches = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.images, self.counted, self.waited = 0, 0, 0.0
+        self.begun = self.ended = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        self.waited += time.perf_counter() - self.ended
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.ended = time.perf_counter()
+        self.batches += 1
+        if self.batches <= self.warmup:
+            return self._restart()
+        self.images += len(batch["image"]) * trainer.world_size
+        self.counted += 1
+        if self.counted == self.every_steps:
+            elapsed = self.ended - self.begun
+            pl_module.log("perf/images_per_second", self.images / elapsed, prog_bar=True)
+            pl_module.log("data/wait_share", self.waited / elapsed)
+            self._restart()
+
+
+class ConfigText(Callback):
+    """The resolved configuration, in TensorBoard's text page."""
+
+    def __init__(self, *, text: str = ""):
+        self.text = text
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (board := writer(trainer)) is not None and self.text:
+            indented = "\n".join(f"    {line}" for line in self.text.splitlines())
+            board.add_text("config", indented, trainer.global_step)

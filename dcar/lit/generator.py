@@ -1,0 +1,242 @@
+"""Training of the hybrid masked autoregressive generator, at any resolution.
+
+B batch, S image side, C latent channels, H W latent grid, L text length, E text width.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from dcar.evaluation.metrics import GenerationMetrics
+from dcar.lit.base import BaseModule
+from dcar.lit.frozen import Frozen
+from dcar.models.checkpoints import (
+    CheckpointError,
+    Model,
+    load_strictly,
+    read_checkpoint,
+)
+from dcar.models.draws import Draws
+from dcar.models.generator import HybridGenerator
+from dcar.models.sampler import SamplerSettings, Tokens, sample
+from dcar.models.tokenizer import HybridTokenizer
+
+TOKENIZER_MODULES = ("TokenizerStage2", "TokenizerStage3")
+
+
+class TokenCache:
+    """Ids and residuals of images already tokenised, by sample key, in half precision on the CPU."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def get(self, keys: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The batch's ids and residuals, or None unless every key is known."""
+        if not all(key in self.entries for key in keys):
+            return None
+        ids, residual = zip(*(self.entries[key] for key in keys), strict=True)
+        return torch.stack(ids).to(device), torch.stack(residual).to(device).float()
+
+    def put(self, keys: Sequence[str], ids: Tensor, residual: Tensor) -> None:
+        half = residual.half().cpu()
+        self.entries.update(zip(keys, zip(ids.cpu(), half, strict=True), strict=True))
+
+
+class MaskedARGenerator(BaseModule):
+    """Trains `generator` on tokens of images (B, 3, S, S) in [-1, 1] with captions.
+
+    tokenizer, tokenizer_from: architecture and the checkpoint (stage 2 or 3) of a frozen tokenizer.
+    text_encoder: trained along where its `trainable` says so, else frozen.
+    init_from: another run of this module, at any resolution: positions are computed.
+    scale_batches: batches that measure the residual's standard deviation where the head's scale is
+        not given.
+    cache_tokens: tokenise each image once; needs a transform without randomness.
+    val_names: of the validation sets in order; cross-entropy with right and shuffled captions is
+        logged for each, gFID for the first, from `fid_images` samples (0 for none).
+    """
+
+    def __init__(
+        self,
+        *,
+        generator: HybridGenerator,
+        text_encoder: nn.Module,
+        tokenizer: HybridTokenizer,
+        tokenizer_from: str | Path | None,
+        sampler: SamplerSettings,
+        size: int,
+        init_from: str | Path | None = None,
+        scale_batches: int = 32,
+        cache_tokens: bool = False,
+        fid_images: int = 0,
+        metrics: Callable[[], GenerationMetrics] = GenerationMetrics,
+        val_names: Sequence[str] = ("val",),
+        **training: Any,
+    ):
+        super().__init__(**training)
+        if generator.transformer.num_codes != tokenizer.num_codes:
+            raise ValueError(
+                f"the transformer predicts {generator.transformer.num_codes} codes, "
+                f"the tokenizer has {tokenizer.num_codes}"
+            )
+        parts = {"generator": generator}
+        if text_encoder.trainable:
+            parts["text_encoder"] = text_encoder
+        self.network = nn.ModuleDict(parts)
+        self.text_encoder = text_encoder if text_encoder.trainable else Frozen(text_encoder)
+        self.tokenizer = Frozen(tokenizer)
+        self.sampler, self.size = sampler, size
+        self.scale_batches, self.fid_images = scale_batches, fid_images
+        self.cache = TokenCache() if cache_tokens else None
+        self.val_names = tuple(val_names)
+        self.metrics = Frozen(metrics()) if fid_images else None
+        self.tokenizer_from = tokenizer_from
+        if tokenizer_from is not None:
+            self._load_tokenizer(tokenizer_from)
+        if init_from is not None:
+            self.load_network(init_from, expected=("MaskedARGenerator",))
+
+    def _load_tokenizer(self, path: str | Path) -> None:
+        checkpoint = read_checkpoint(path)
+        writer = checkpoint["dcar"]["module"]
+        if writer not in TOKENIZER_MODULES:
+            raise CheckpointError(
+                f"tokenizer_from={path} was written by {writer}; "
+                f"the generator needs one of {' or '.join(TOKENIZER_MODULES)}"
+            )
+        load_strictly(self.tokenizer.module, checkpoint["network"], source=path)
+
+    @property
+    def generator(self) -> HybridGenerator:
+        return self.network["generator"]  # type: ignore[return-value]
+
+    def frozen(self) -> list[Any]:
+        frozen = [self.tokenizer, self.text_encoder, self.metrics]
+        return [module for module in frozen if isinstance(module, Frozen)]
+
+    def model(self) -> Model:
+        """The whole model, to sample from or to save as a model folder."""
+        encoder = self.text_encoder
+        encoder = encoder.module if isinstance(encoder, Frozen) else encoder
+        return Model(
+            self.tokenizer.module, self.generator, encoder, self.sampler, self.plain_config
+        )
+
+    def on_train_start(self) -> None:
+        head = self.generator.residual_head
+        if head is not None and not torch.isfinite(head.scale):
+            self._measure_residual_scale()
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Adds ids (B, H, W) and residual (B, C, H, W) where the shards do not hold them."""
+        if "ids" not in batch:
+            batch["ids"], batch["residual"] = self._tokenize(batch)
+        return batch
+
+    def _tokenize(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        image = batch["image"]
+        if self.cache and (known := self.cache.get(batch["key"], image.device)):
+            return known
+        with torch.no_grad(), self._autocast():
+            latents = self.tokenizer.encode(image)
+        if self.cache:
+            self.cache.put(batch["key"], latents.ids, latents.residual)
+            return self.cache.get(batch["key"], image.device)  # type: ignore[return-value]
+        return latents.ids, latents.residual.float()
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return self.trainer.precision_plugin.forward_context()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        text, text_mask = self.text_encoder(batch["caption"])  # (B, L, E), (B, L)
+        terms = self.generator.losses(
+            batch["ids"], batch["residual"], text, text_mask, self.draws(batch_idx)
+        )
+        self.optimize(0, terms["loss"], batch_idx)
+        self.log_terms("train", terms, show=("loss", "token", "residual"))
+
+    def validation_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Losses with every caption kept: right ones, then each image with its neighbour's."""
+        text, text_mask = self.text_encoder(batch["caption"])
+        name, weight = self.val_names[dataloader_idx], len(batch["caption"])
+        right = self._validation_losses(batch, text, text_mask, batch_idx)
+        wrong = self._validation_losses(batch, text.roll(1, 0), text_mask.roll(1, 0), batch_idx)
+        terms = dict(right) | {"token_shuffled": wrong["token"]}
+        for key, value in terms.items():
+            self.log(
+                f"{name}/{key}",
+                value,
+                batch_size=weight,
+                sync_dist=True,
+                add_dataloader_idx=False,
+                prog_bar=key == "token",
+            )
+        if dataloader_idx == 0:
+            self._update_fid(batch, text, text_mask, batch_idx)
+
+    def _validation_losses(
+        self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
+    ) -> dict[str, Tensor]:
+        draws = Draws(batch_idx, self.device, rank=self.global_rank, world=self.trainer.world_size)
+        return self.generator.losses(
+            batch["ids"], batch["residual"], text, text_mask, draws, caption_drop=0.0
+        )
+
+    def _update_fid(
+        self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
+    ) -> None:
+        seen = batch_idx * len(text) * self.trainer.world_size
+        if self.metrics is None or seen >= self.fid_images or self.trainer.sanity_checking:
+            return
+        first = seen + self.global_rank * len(text)
+        tokens = self.sample(text, text_mask, seeds=range(first, first + len(text)))
+        self.metrics.module.update_real(batch["image"])
+        self.metrics.module.update_fake(self.decode(tokens))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.metrics is not None and not self.trainer.sanity_checking:
+            self.log_terms(self.val_names[0], self.metrics.module.compute())
+            self.metrics.module.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["dcar"]["tokenizer_from"] = str(self.tokenizer_from)
+
+    @torch.no_grad()
+    def sample(self, text: Tensor, text_mask: Tensor, *, seeds: Sequence[int]) -> Tokens:
+        """Tokens of one square image a seed, at this module's resolution."""
+        side = self.size // self.tokenizer.downsample
+        return sample(
+            self.generator,
+            text,
+            text_mask,
+            grid=(side, side),
+            seeds=list(seeds),
+            settings=self.sampler,
+        )
+
+    @torch.no_grad()
+    def decode(self, tokens: Tokens) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] of sampled tokens."""
+        return self.tokenizer.decode_tokens(tokens.ids, tokens.residual).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def _measure_residual_scale(self) -> None:
+        """Standard deviation of the residual over some training batches of every rank."""
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for index, batch in enumerate(self.trainer.datamodule.preview_batches()):
+            if index == self.scale_batches:
+                break
+            batch["image"] = batch["image"].to(self.device)
+            residual = self._tokenize(batch)[1].double()
+            total += torch.stack([residual.square().sum(), residual.new_tensor(residual.numel())])
+        total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        scale = float((total[0] / total[1]).sqrt())
+        self.generator.residual_head.set_scale(scale)
+        rank_zero_info(f"residual head: scale {scale:.4f} from {int(total[1])} values")

@@ -1,0 +1,34 @@
+"""Learning-rate schedules as functions of an optimizer, for partials in configs."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def constant(optimizer: Optimizer) -> LambdaLR:
+    """The optimizer's own learning rate, for ever."""
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def warmup_cosine(
+    optimizer: Optimizer, *, warmup_steps: int, total_steps: int, final_ratio: float = 0.0
+) -> LambdaLR:
+    """Linear warm-up over `warmup_steps`, then a half cosine to `final_ratio` of the peak.
+
+    Raises ValueError unless 0 <= warmup_steps < total_steps and 0 <= final_ratio <= 1.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} must be in [0, total_steps={total_steps})"
+        )
+    if not 0 <= final_ratio <= 1:
+        raise ValueError(f"final_ratio={final_ratio} must be in [0, 1]")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        return final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,199 @@
+"""The three stages of tokenizer training over one body (docs/method.md section 5).
+
+B batch, S image side, C latent channels, H W latent grid, K codebook size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from dcar.evaluation.metrics import ReconstructionMetrics
+from dcar.lit.base import BaseModule, train_only
+from dcar.lit.frozen import Frozen
+from dcar.models.checkpoints import load_strictly
+from dcar.models.losses import TokenizerCriterion, hinge_discriminator_loss
+from dcar.models.quantizer import codebook_perplexity, codebook_usage, kmeans
+from dcar.models.tokenizer import HybridTokenizer, Latents
+
+
+@contextmanager
+def fixed(module: nn.Module) -> Iterator[None]:
+    """Gradients pass through `module` but its parameters collect none."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+class TokenizerModule(BaseModule):
+    """Trains `tokenizer` on images (B, 3, S, S) in [-1, 1]; a stage is the values that it fixes.
+
+    criterion: pixel, perceptual, codebook and adversarial terms.
+    discriminator: None for a stage without one; it joins at step `discriminator_start`.
+    discrete_prob: chance that an image is decoded from its codes rather than continuous latents.
+    per_image: draw the path for each image (the paper) or once for the batch (released code).
+    trainable: parts of the tokenizer that move.
+    init_from: checkpoint of the stage before.
+    kmeans_vectors: codebook from k-means on so many latents before the first step, 0 for none.
+    fid_features: extractor of rFID, or None for a validation without it.
+    """
+
+    discrete_prob: float
+    trainable: tuple[str, ...]
+    starts_from: tuple[str, ...]
+
+    def __init__(
+        self,
+        *,
+        tokenizer: HybridTokenizer,
+        criterion: TokenizerCriterion,
+        discriminator: nn.Module | None = None,
+        discriminator_start: int = 0,
+        per_image: bool = True,
+        init_from: str | Path | None = None,
+        kmeans_vectors: int = 0,
+        metrics: Callable[[], ReconstructionMetrics] = ReconstructionMetrics,
+        val_names: Sequence[str] = ("val",),
+        **training: Any,
+    ):
+        super().__init__(**training)
+        self.network = tokenizer
+        self.discriminator = discriminator
+        self.discriminator_start = discriminator_start
+        self.per_image, self.kmeans_vectors = per_image, kmeans_vectors
+        self.criterion = Frozen(criterion)
+        self.metrics = {name: Frozen(metrics()) for name in val_names}
+        self.val_counts: dict[str, Tensor] = {}
+        self.last_counts: dict[str, Tensor] = {}  # of the last whole validation, all ranks
+        train_only(tokenizer, self.trainable)
+        if init_from is not None:
+            self._start_from(init_from)
+
+    def _start_from(self, path: str | Path) -> None:
+        state = self.load_network(path, expected=self.starts_from)
+        prefix = "discriminator."
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if self.discriminator is not None and weights:
+            load_strictly(self.discriminator, weights, source=path)
+
+    def optimized(self) -> list[list[nn.Module]]:
+        return [[m] for m in (self.network, self.discriminator) if m is not None]
+
+    def frozen(self) -> list[Any]:
+        return [self.criterion, *self.metrics.values()]
+
+    def on_train_start(self) -> None:
+        if self.kmeans_vectors and self.global_step == 0:
+            self._initialize_codebook()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        image = batch["image"]
+        latents = self.network.encode(image)
+        recon = self.network.decode(self._mix(latents, batch_idx))  # (B, 3, S, S)
+        with_gan = self.discriminator is not None and self.global_step >= self.discriminator_start
+        terms = self._generator_step(recon, image, latents, batch_idx, with_gan=with_gan)
+        if with_gan:
+            terms |= self._discriminator_step(recon.detach(), image, batch_idx)
+        self.log_terms("train", terms, show=("loss", "l1", "lpips"))
+        self.log("codebook/batch_usage", codebook_usage(self._counts(latents.ids)))
+
+    def _mix(self, latents: Latents, batch_idx: int) -> Tensor:
+        """Each image's discrete or continuous latents, by a coin of `discrete_prob`."""
+        coin = self.draws(batch_idx).rand(len(latents.ids), 1, 1, 1)  # (B, 1, 1, 1)
+        if not self.per_image:
+            coin = coin[:1].expand_as(coin)
+        return torch.where(coin < self.discrete_prob, latents.discrete, latents.continuous)
+
+    def _generator_step(
+        self, recon: Tensor, image: Tensor, latents: Latents, batch_idx: int, *, with_gan: bool
+    ) -> dict[str, Tensor]:
+        if with_gan:
+            assert self.discriminator is not None
+            with fixed(self.discriminator):
+                fake_logits = self.discriminator(recon)
+        terms = self.criterion.module(recon, image, latents, fake_logits if with_gan else None)
+        self.optimize(0, terms["loss"], batch_idx)
+        return terms
+
+    def _discriminator_step(
+        self, recon: Tensor, image: Tensor, batch_idx: int
+    ) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        real, fake = self.discriminator(torch.cat([image, recon])).chunk(2)
+        loss = hinge_discriminator_loss(real, fake)
+        self.optimize(1, loss, batch_idx)
+        return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+
+    def validation_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Both paths, always: the training coin has no part in it."""
+        image, name = batch["image"], list(self.metrics)[dataloader_idx]
+        latents = self.network.encode(image)
+        discrete = self.network.decode(latents.discrete)
+        hybrid = self.network.decode(latents.continuous)
+        self.metrics[name].module.update(image, discrete, hybrid)
+        counts = self._counts(latents.ids)
+        self.val_counts[name] = self.val_counts.get(name, torch.zeros_like(counts)) + counts
+
+    def on_validation_epoch_end(self) -> None:
+        for name, metrics in self.metrics.items():
+            if name not in self.val_counts:
+                continue
+            self.log_terms(name, metrics.module.compute(), show=("psnr_hybrid", "psnr_discrete"))
+            metrics.module.reset()
+            counts = self.trainer.strategy.reduce(self.val_counts.pop(name), reduce_op="sum")
+            self.last_counts[name] = counts
+            usage, perplexity = codebook_usage(counts), codebook_perplexity(counts)
+            self.log_terms("codebook", {f"{name}_usage": usage, f"{name}_perplexity": perplexity})
+
+    def _counts(self, ids: Tensor) -> Tensor:
+        return torch.bincount(ids.flatten(), minlength=self.network.num_codes)  # (K,)
+
+    @torch.no_grad()
+    def _initialize_codebook(self) -> None:
+        """K-means on latents of all ranks; every rank computes the same codebook."""
+        quantizer = self.network.quantizer
+        vectors: list[Tensor] = []
+        wanted = -(-self.kmeans_vectors // self.trainer.world_size)
+        for batch in self.trainer.datamodule.preview_batches():
+            with self.trainer.precision_plugin.forward_context():
+                latent = self.network.encode(batch["image"].to(self.device)).continuous
+            vectors.append(latent.float().flatten(2).transpose(1, 2).reshape(-1, quantizer.dim))
+            if sum(map(len, vectors)) >= wanted:
+                break
+        gathered = self.all_gather(torch.cat(vectors)[:wanted]).reshape(-1, quantizer.dim)
+        rank_zero_info(f"codebook: k-means of {len(gathered)} latents to {quantizer.num_codes}")
+        quantizer.initialize(
+            kmeans(gathered, quantizer.num_codes, iterations=20, seed=self.seed, spherical=True)
+        )
+
+
+class TokenizerStage1(TokenizerModule):
+    """Continuous warm-up: encoder and decoder learn; the quantizer is bypassed."""
+
+    discrete_prob = 0.0
+    trainable = ("encoder", "decoder")
+    starts_from = ("TokenizerStage1",)
+
+
+class TokenizerStage2(TokenizerModule):
+    """Discrete learning: everything trains through the codes."""
+
+    discrete_prob = 1.0
+    trainable = ("encoder", "quantizer", "decoder")
+    starts_from = ("TokenizerStage1",)
+
+
+class TokenizerStage3(TokenizerModule):
+    """Alternate fine-tuning: only the decoder trains, on either path with equal chance."""
+
+    discrete_prob = 0.5
+    trainable = ("decoder",)
+    starts_from = ("TokenizerStage2",)

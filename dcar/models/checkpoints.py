@@ -1,0 +1,157 @@
+"""Models on disk: Lightning checkpoints read safely, and model folders of config.json + safetensors.
+
+A config that comes with weights is data from a stranger: it may name only the classes listed here,
+and nothing is ever unpickled beyond tensors and plain containers.
+"""
+
+import importlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+COMPONENTS = (
+    "dcar.models.autoencoder.Encoder",
+    "dcar.models.autoencoder.Decoder",
+    "dcar.models.quantizer.VectorQuantizer",
+    "dcar.models.quantizer.simvq",
+    "dcar.models.quantizer.fsq",
+    "dcar.models.tokenizer.HybridTokenizer",
+    "dcar.models.transformer.MaskedTransformer",
+    "dcar.models.residual_head.ResidualHead",
+    "dcar.models.residual_head.FlowResidualHead",
+    "dcar.models.generator.HybridGenerator",
+    "dcar.models.text_encoder.T5TextEncoder",
+    "dcar.models.text_encoder.ByteT5TextEncoder",
+    "dcar.models.sampler.SamplerSettings",
+)
+PARTS = ("tokenizer", "generator", "text_encoder")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or model folder cannot be used; the message says why and what to do."""
+
+
+def build(config: Any) -> Any:
+    """Build a component from plain data: `{"_target_": one of COMPONENTS, **arguments}`, nested.
+
+    Raises CheckpointError for any other class.
+    """
+    if isinstance(config, Mapping):
+        arguments = {key: build(value) for key, value in config.items() if key != "_target_"}
+        return arguments if "_target_" not in config else _call(config["_target_"], arguments)
+    if isinstance(config, list | tuple):
+        return [build(value) for value in config]
+    return config
+
+
+def _call(target: str, arguments: dict[str, Any]) -> Any:
+    if target not in COMPONENTS:
+        raise CheckpointError(f"the config that comes with the weights names {target!r}: refused")
+    module, name = target.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint of this project: plain containers and tensors, on the CPU.
+
+    Raises CheckpointError where the file is missing, damaged, not ours or holds a pickled object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds objects other than tensors and plain containers, which could run code "
+            "when opened: refused. Convert it to safetensors where you trust it."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(checkpoint, dict) or "dcar" not in checkpoint:
+        raise CheckpointError(f"{path} was not written by a training run of this project")
+    return checkpoint
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """`load_state_dict` whose error lists the keys and shapes that differ (the first few)."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    differing = sorted(k for k in own.keys() | given.keys() if own.get(k) != given.get(k))
+    if differing:
+        shown = [f"{k}: {own.get(k)} here, {given.get(k)} there" for k in differing[:8]]
+        raise CheckpointError(
+            f"{source} holds another architecture; {len(differing)} entries differ: "
+            + "; ".join(shown)
+        )
+    module.load_state_dict(dict(state))
+
+
+@dataclass
+class Model:
+    """All that turns prompts into pictures. config: plain data, one entry a part and `size`."""
+
+    tokenizer: nn.Module
+    generator: nn.Module
+    text_encoder: nn.Module
+    sampler: Any
+    config: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Side of the square images it was trained on, in pixels."""
+        return int(self.config["size"])
+
+
+def build_model(config: Mapping[str, Any]) -> Model:
+    """Parts from plain data with keys tokenizer, generator, text_encoder, sampler, size."""
+    missing = sorted({*PARTS, "sampler", "size"} - set(config))
+    if missing:
+        raise CheckpointError(f"the model's config lacks {missing}")
+    parts = {part: build(config[part]) for part in PARTS}
+    return Model(**parts, sampler=build(config["sampler"]), config=dict(config))
+
+
+def is_saved(text_encoder: nn.Module) -> bool:
+    """A pre-trained text encoder is named, not copied, by what it is used in."""
+    return bool(text_encoder.trainable)
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """Write config.json and one safetensors file a part; the pre-trained text encoder by name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        module = getattr(model, part)
+        if part != "text_encoder" or is_saved(module):
+            state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+            save_file(state, folder / f"{part}.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
+
+
+def load_model(folder: str | Path) -> Model:
+    """Read what `save_model` wrote, in eval mode. Raises CheckpointError saying what is wrong."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no model folder: {error}") from error
+    model = build_model(config)
+    for part in PARTS:
+        module = getattr(model, part)
+        if part != "text_encoder" or is_saved(module):
+            path = folder / f"{part}.safetensors"
+            try:
+                load_strictly(module, load_file(path), source=path)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+        module.eval().requires_grad_(False)
+    return model

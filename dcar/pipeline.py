@@ -1,0 +1,115 @@
+"""Prompt to picture: `DCARPipeline.from_pretrained(folder)("a red apple, flat style")`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from dcar.evaluation.pictures import to_pil
+from dcar.models.checkpoints import Model, load_model, save_model
+from dcar.models.sampler import Tokens, sample
+
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DCARPipeline:
+    """A tokenizer, a generator and a text encoder behind one call (docs/method.md section 9).
+
+    precision: float32, bfloat16 or float16, of the autocast that everything but the quantizer,
+        the residual head and the text encoder runs in.
+    """
+
+    def __init__(
+        self, model: Model, *, device: str | torch.device = "cpu", precision: str = "float32"
+    ):
+        if precision not in AUTOCAST:
+            raise ValueError(f"precision={precision!r} must be one of {sorted(AUTOCAST)}")
+        self.model, self.device, self.dtype = model, torch.device(device), AUTOCAST[precision]
+        for module in (model.tokenizer, model.generator, model.text_encoder):
+            module.to(self.device).eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "DCARPipeline":
+        """Load a model folder; options as for the constructor. Raises CheckpointError."""
+        return cls(load_model(folder), **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and one safetensors file a part."""
+        save_model(self.model, folder)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seeds: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 16,
+        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> list[Image]:
+        """One RGB picture a prompt.
+
+        seeds: one an image, or the first of consecutive ones; an image depends on its own alone.
+        steps, guidance: of the sampler, the model's own where None; guidance 0 is unguided.
+        height, width: pixels, multiples of the tokenizer's downsampling; the training size if None.
+        on_step: called with (step, ids, newly fixed) after each unmasking step of each batch.
+
+        Raises ValueError naming the argument that cannot be used.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
+        if not prompts:
+            raise ValueError("prompts is empty")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds has {len(seeds)} entries for {len(prompts)} prompts")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        changes = {"steps": steps, "guidance": guidance}
+        given = {key: value for key, value in changes.items() if value is not None}
+        settings = replace(self.model.sampler, **given)
+        grid = self._grid("height", height), self._grid("width", width)
+        options = {"grid": grid, "settings": settings, "on_step": on_step}
+        images: list[Image] = []
+        for part in chunks(len(prompts), batch_size):
+            tokens = self.tokens(prompts[part], seeds=seeds[part], **options)
+            images += [to_pil(image) for image in self.decode(tokens)]
+        return images
+
+    @torch.no_grad()
+    def tokens(self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any) -> Tokens:
+        """Ids (B, H, W) and residual (B, C, H, W); options as of `dcar.models.sampler.sample`."""
+        text, text_mask = self.model.text_encoder(list(prompts))
+        options = {"settings": self.model.sampler, **options}
+        with self._autocast():
+            return sample(self.model.generator, text, text_mask, seeds=list(seeds), **options)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tokens) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1]."""
+        with self._autocast():
+            image = self.model.tokenizer.decode_tokens(tokens.ids, tokens.residual)
+        return image.float().clamp(-1, 1)
+
+    def _grid(self, name: str, pixels: int | None) -> int:
+        pixels, factor = pixels or self.model.size, self.model.tokenizer.downsample
+        if pixels <= 0 or pixels % factor:
+            raise ValueError(f"{name}={pixels} must be a positive multiple of {factor}")
+        return pixels // factor
+
+    def _autocast(self) -> Any:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def chunks(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover range(total)."""
+    return (slice(start, start + size) for start in range(0, total, size))

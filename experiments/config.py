@@ -1,0 +1,134 @@
+"""Composes an experiment's configuration with Hydra, and says in one line what is wrong with it."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).parent / "configs"
+EXPERIMENTS = CONFIGS / "experiment"
+REPOSITORY = Path(__file__).parents[1]
+
+
+class ConfigError(ValueError):
+    """The experiment, a key or a value is wrong: one line that names it and the nearest right one."""
+
+
+def find_checkpoint(reference: str | None, outputs: str) -> str | None:
+    """A checkpoint by path, or by the name of the experiment that wrote it."""
+    if reference is None or Path(reference).is_file():
+        return reference
+    return str(Path(outputs) / reference / "checkpoints" / "last.ckpt")
+
+
+OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+OmegaConf.register_new_resolver("find_checkpoint", find_checkpoint, replace=True)
+
+
+def experiment_names() -> list[str]:
+    """Every experiment that has a task of its own (files with a leading underscore are parts)."""
+    paths = sorted(EXPERIMENTS.rglob("*.yaml"))
+    return [str(p.relative_to(EXPERIMENTS).with_suffix("")) for p in paths if p.name[0] != "_"]
+
+
+def first_comment(name: str) -> str:
+    """The first comment line of an experiment's file that is not Hydra's package header."""
+    lines = (EXPERIMENTS / f"{name}.yaml").read_text().splitlines()
+    comments = [line[1:].strip() for line in lines if line.startswith("#")]
+    return next(comment for comment in comments if not comment.startswith("@package"))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'X'?` with the closest of `known`, or nothing where none is close."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The experiment's configuration, complete: no missing values, no broken interpolation.
+
+    Raises ConfigError.
+    """
+    if name not in experiment_names():
+        known = experiment_names()
+        raise ConfigError(f"no experiment {name!r}{nearest(name, known)} (--list shows them)")
+    base = _compose(name, [])
+    try:
+        config = _compose(name, overrides)
+    except ConfigError as error:
+        raise ConfigError(_explain(str(error), base, overrides)) from error
+    _check_types(base, config, overrides)
+    try:
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain_missing(error)) from error
+    return config
+
+
+def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose(f"experiment/{name}", [f"+exp={name}", *overrides])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return config
+
+
+def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
+    """Name the key of a failed override and the nearest that exists."""
+    if found := re.search(r"Could not override '([^']+)'", message):
+        return f"unknown key {found[1]!r}{nearest(found[1], list(flat_keys(base)))}"
+    if found := re.search(r"Could not find '([^']+)/([^/']+)'", message):
+        options = sorted(p.stem for p in (CONFIGS / found[1]).glob("*.yaml"))
+        return f"{found[1]} has no choice {found[2]!r}{nearest(found[2], options)} (has {options})"
+    return f"{message[:200]} (overrides: {' '.join(overrides)})"
+
+
+def _explain_missing(error: OmegaConfBaseException) -> str:
+    key = error.full_key or "?"
+    first_line = str(error).splitlines()[0]
+    if "Missing mandatory value" in first_line:
+        return f"{key} must be given: add {key}=VALUE"
+    return f"{key}: {first_line}"
+
+
+def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every key below `node`, groups included."""
+    if isinstance(node, DictConfig):
+        for key in node:
+            yield f"{prefix}{key}"
+            yield from flat_keys(node._get_node(key), f"{prefix}{key}.")
+
+
+def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str]) -> None:
+    """A number stays a number, a switch a switch, a mapping a mapping."""
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        try:
+            old = OmegaConf.select(base, key)
+            new = OmegaConf.select(config, key)
+        except OmegaConfBaseException:
+            continue
+        if old is None or new is None or "/" in key:
+            continue
+        expected = _kind(old)
+        if expected != _kind(new) and not (expected == "number" and _kind(new) == "integer"):
+            raise ConfigError(f"{key}={new}: expected {expected}, as in {key}={old}")
+
+
+def _kind(value: Any) -> str:
+    kinds: list[tuple[type | tuple[type, ...], str]] = [
+        (bool, "true or false"),
+        (int, "integer"),
+        (float, "number"),
+        (str, "text"),
+        (DictConfig, "a mapping"),
+    ]
+    return next((name for kind, name in kinds if isinstance(value, kind)), "a list")

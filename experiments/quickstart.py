@@ -1,0 +1,33 @@
+"""The task of `make quickstart`: five trainings in order, then samples, figures and a report."""
+
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig
+
+from experiments.config import load_config
+from experiments.report import write_report
+from experiments.run import RunOptions
+from experiments.train import train
+
+RUNS = ("stage1", "stage2", "stage3", "generator_32", "generator_64")
+
+
+def quickstart(config: DictConfig, options: RunOptions) -> None:
+    """Run what is not done yet; each run goes on from its own last checkpoint."""
+    for number, run in enumerate(RUNS, start=1):
+        name = f"quickstart/{run}"
+        rank_zero_info(f"[{number}/{len(RUNS)}] {name}: {config.steps[run]} steps")
+        overrides = [f"max_steps={config.steps[run]}", f"seed={config.seed}"]
+        settings = load_config(name, [*overrides, f"outputs={config.outputs}"])
+        train(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))
+    if options.dry_run:
+        return
+    folder = Path(config.outputs) / "quickstart"
+    report = write_report(folder, runs=RUNS)
+    rank_zero_info(
+        f"\nreport:       {report}\n"
+        f"curves:       make tensorboard\n"
+        f"your picture: {Path('.venv/bin/python')} -m experiments.run --exp=sample "
+        f'ckpt={folder} prompt="a red apple, flat style" out=apple.png'
+    )

@@ -1,0 +1,115 @@
+"""Runs an experiment: python -m experiments.run --exp=NAME [key=value ...]
+
+    --list                      every experiment with what it reproduces
+    --print-config              the complete configuration, and stop
+    --dry-run                   build everything, take one step, write no files
+    --ckpt last|best|auto|PATH  continue from a checkpoint; auto starts fresh where there is none
+
+Exit codes: 0 done, 2 usage or configuration, 3 data, 4 non-finite training, 130 and 143 signals.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_method
+from omegaconf import OmegaConf
+
+from dcar.data.shards import DataError
+from dcar.lit.base import NonFiniteError
+from dcar.lit.last_checkpoint import Interrupted
+from dcar.models.checkpoints import CheckpointError
+from experiments.config import ConfigError, experiment_names, first_comment, load_config
+
+USAGE, DATA, NON_FINITE = 2, 3, 4
+EXIT_CODES: dict[type[BaseException], int] = {
+    ConfigError: USAGE,
+    CheckpointError: USAGE,
+    ValueError: USAGE,
+    TypeError: USAGE,
+    DataError: DATA,
+    FileNotFoundError: DATA,
+    NonFiniteError: NON_FINITE,
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says beside the configuration. ckpt: last, best, auto or a path."""
+
+    ckpt: str | None = None
+    dry_run: bool = False
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.run", allow_abbrev=False, usage=__doc__
+    )
+    parser.add_argument("--exp")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--ckpt")
+    parser.add_argument("overrides", nargs="*")
+    return parser.parse_intermixed_args(arguments)
+
+
+def print_list() -> None:
+    names = experiment_names()
+    width = max(map(len, names)) + 2
+    for name in names:
+        print(f"{name:<{width}}{first_comment(name)}")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse, compose and call the experiment's task. Raises what the task raises."""
+    options = parse(arguments)
+    if options.list:
+        return print_list()
+    if options.exp is None:
+        raise ConfigError("give --exp=NAME (--list shows the names)")
+    config = load_config(options.exp, options.overrides)
+    if options.print_config:
+        return print(OmegaConf.to_yaml(config, resolve=True), end="")
+    task = get_method(config.task)
+    task(config, RunOptions(ckpt=options.ckpt, dry_run=options.dry_run))
+
+
+def quieten() -> None:
+    """Keep other packages' notices out of the way of this project's own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics|transformers)\b")
+    for name in ("lightning.pytorch.utilities.rank_zero", "transformers"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and turn failures into exit codes: one line for bad input, a traceback for bugs."""
+    quieten()
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except Interrupted as stop:
+        print(f"\n{stop}; the same command with --ckpt=auto goes on from here", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+    except tuple(EXIT_CODES) as error:
+        if os.environ.get("DCAR_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    return 0
+
+
+def instantiation_cause(error: InstantiationException) -> BaseException:
+    """The exception a constructor raised, or Hydra's own where the call itself was wrong."""
+    return error.__cause__ or error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The task of `--exp=sample`: prompts to PNG files that carry their settings."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig
+from PIL.Image import Image
+
+from dcar.evaluation.pictures import captioned_grid, save_png
+from dcar.models.checkpoints import (
+    CheckpointError,
+    Model,
+    build_model,
+    load_model,
+    load_strictly,
+    read_checkpoint,
+)
+from dcar.pipeline import DCARPipeline
+from experiments.config import ConfigError
+from experiments.run import RunOptions
+
+
+def read_prompts(prompt: str | list[str]) -> list[str]:
+    """One prompt, a list of them, or the lines of a text file."""
+    if not isinstance(prompt, str):
+        return [str(line) for line in prompt]
+    path = Path(prompt)
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise ConfigError(f"prompt={prompt}: there is no such file")
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [prompt]
+
+
+def find_model(reference: str, outputs: str) -> Model:
+    """A model folder, a run's folder, an experiment's name, or a Lightning checkpoint."""
+    path = Path(reference)
+    for folder in (path, path / "model", Path(outputs) / reference / "model"):
+        if (folder / "config.json").is_file():
+            return load_model(folder)
+    if path.is_file():
+        return model_of_checkpoint(path)
+    raise CheckpointError(
+        f"ckpt={reference} is no model folder, run folder, checkpoint or finished experiment"
+    )
+
+
+def model_of_checkpoint(path: Path) -> Model:
+    """Generator and text encoder from the checkpoint, the tokenizer from where it came from."""
+    checkpoint = read_checkpoint(path)
+    config, writer = checkpoint["dcar"]["config"], checkpoint["dcar"]["module"]
+    if writer != "MaskedARGenerator":
+        raise CheckpointError(f"{path} was written by {writer}; sampling needs a generator's")
+    model = build_model(config)
+    network = torch.nn.ModuleDict({"generator": model.generator})
+    if model.text_encoder.trainable:
+        network["text_encoder"] = model.text_encoder
+    load_strictly(network, checkpoint["network"], source=path)
+    tokenizer_path = checkpoint["dcar"]["tokenizer_from"]
+    load_strictly(model.tokenizer, read_checkpoint(tokenizer_path)["network"], source=tokenizer_path)
+    return model
+
+
+def output_paths(out: str, count: int) -> list[Path]:
+    """`out` itself for one image, numbered beside it for several."""
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"out={out} must end in .png")
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{index:03d}.png") for index in range(count)]
+
+
+def sample(config: DictConfig, options: RunOptions) -> list[Image]:
+    """Draw every prompt, write a PNG each, and a captioned grid where there are several."""
+    prompts = read_prompts(config.prompt)
+    if not prompts:
+        raise ConfigError(f"prompt={config.prompt}: no prompt in it")
+    prompts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+    paths = output_paths(config.out, len(prompts))
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = find_model(config.ckpt, config.outputs)
+    pipeline = DCARPipeline(model, device=device, precision=config.precision)
+    pictures = pipeline(
+        prompts,
+        seeds=config.seed,
+        steps=config.steps,
+        guidance=config.guidance,
+        height=config.height,
+        width=config.width,
+        batch_size=1 if options.dry_run else config.batch_size,
+    )
+    if not options.dry_run:
+        write(pictures, prompts, paths, config)
+    return pictures
+
+
+def write(
+    pictures: list[Image], prompts: list[str], paths: list[Path], config: DictConfig
+) -> None:
+    settings = {key: config[key] for key in ("ckpt", "steps", "guidance", "precision")}
+    for index, (picture, prompt, path) in enumerate(zip(pictures, prompts, paths, strict=True)):
+        save_png(picture, path, {"prompt": prompt, "seed": config.seed + index, **settings})
+        rank_zero_info(f"{path}: {prompt}")
+    if len(pictures) > 1:
+        grid_path = Path(config.out)
+        columns = min(8, len(pictures))
+        save_png(captioned_grid(pictures, prompts, columns=columns), grid_path, settings)
+        rank_zero_info(f"{grid_path}: all {len(pictures)}")

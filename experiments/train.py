@@ -1,0 +1,120 @@
+"""The task of every training experiment: build data, module and trainer from config, and fit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, OmegaConf
+
+from dcar.lit.base import BaseModule
+from dcar.lit.generator import MaskedARGenerator
+from dcar.models.checkpoints import PARTS, CheckpointError, read_checkpoint, save_model
+from experiments.config import ConfigError
+from experiments.run import RunOptions
+from experiments.strategy import resolve_strategy
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """Instantiate a config node; a wrong argument is a ConfigError that names node and class."""
+    try:
+        return instantiate(node, **arguments, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, CheckpointError | FileNotFoundError):
+            raise cause from error
+        key = str(error).rsplit("full_key: ", 1)[-1].strip()
+        reason = cause if cause is not None else str(error).splitlines()[0]
+        target = OmegaConf.select(node, "_target_", default="?")
+        raise ConfigError(f"{key or target}: {reason}") from error
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto`: fp16 on a GPU, bf16 on a CPU that has instructions for it, else fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "16-mixed"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:
+    """The checkpoint to go on from. Raises CheckpointError where a named one is not there."""
+    folder = Path(config.output_dir) / "checkpoints"
+    if ckpt in (None, "auto"):
+        last = folder / "last.ckpt"
+        return last if ckpt == "auto" and last.exists() else None
+    path = folder / f"{ckpt}.ckpt" if ckpt in ("last", "best") else Path(str(ckpt))
+    if not path.is_file():
+        raise CheckpointError(f"--ckpt {ckpt}: there is no checkpoint at {path}")
+    return path
+
+
+def finished(path: Path | None, max_steps: int) -> bool:
+    return path is not None and read_checkpoint(path)["global_step"] >= max_steps
+
+
+def build_trainer(config: DictConfig, module: BaseModule, options: RunOptions) -> Trainer:
+    settings = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(settings, dict)
+    settings["precision"] = resolve_precision(str(settings["precision"]))
+    settings["strategy"] = resolve_strategy(settings, alternates=len(module.optimized()) > 1)
+    callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
+    if options.dry_run:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks)  # type: ignore[arg-type]
+    loggers = [build(node) for node in config.loggers.values()]
+    return Trainer(**settings, callbacks=callbacks, logger=loggers)  # type: ignore[arg-type]
+
+
+def model_config(config: DictConfig) -> dict[str, Any]:
+    """What a checkpoint or model folder says of itself: plain data, parts by class name."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {key: plain[key] for key in (*PARTS, "sampler", "size") if key in plain}
+
+
+def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
+    """Fit, or go on fitting, one module. Returns the last logged metrics by name."""
+    resume = find_resume(config, options.ckpt)
+    if finished(resume, config.max_steps):
+        rank_zero_info(f"{config.exp}: all {config.max_steps} steps are done ({resume})")
+        return {}
+    seed_everything(config.seed, workers=True, verbose=False)
+    if options.dry_run:
+        config = without_missing_weights(config)
+    datamodule: LightningDataModule = build(config.data)
+    module: BaseModule = build(config.module)
+    module.plain_config = model_config(config)
+    trainer = build_trainer(config, module, options)
+    if not options.dry_run:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    if isinstance(module, MaskedARGenerator) and not options.dry_run:
+        export(module, config)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def export(module: MaskedARGenerator, config: DictConfig) -> None:
+    """The averaged generator with its tokenizer as a model folder, ready for `--exp=sample`."""
+    folder = Path(config.output_dir)
+    module.load_network(folder / "checkpoints" / "last.ckpt", expected=("MaskedARGenerator",))
+    save_model(module.model(), folder / "model")
+
+
+def without_missing_weights(config: DictConfig) -> DictConfig:
+    """For a dry run: start from random weights where the run before has not been made yet."""
+    config = config.copy()
+    for key in ("init_from", "tokenizer_from"):
+        path = OmegaConf.select(config, f"module.{key}")
+        if path is not None and not Path(path).is_file():
+            rank_zero_info(f"dry run: {path} is not there; {key} is left out")
+            config.module[key] = None
+    return config
