@@ -1,0 +1,151 @@
+"""Captions to embeddings and a mask: a frozen T5, or a small byte-level T5 trained with the model.
+
+B captions, L text length, E width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# ByT5 (arXiv 2105.13626): bytes follow three special tokens in the vocabulary
+PADDING, END, FIRST_BYTE, BYTE_VOCABULARY = 0, 1, 3, 384
+LENGTH_STEP = 8  # batches are padded to a multiple of this, so that few shapes occur
+
+
+def byte_ids(captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """UTF-8 bytes as ByT5 ids (B, L), each caption ended by one end token, and the mask (B, L).
+
+    L is the longest caption rounded up to a multiple of 8, at most max_tokens; longer ones are cut.
+    Text that spells a special token stays text.
+    """
+    encoded = [text.encode("utf-8", errors="replace")[: max_tokens - 1] for text in captions]
+    lengths = torch.tensor([len(text) for text in encoded])[:, None]  # (B, 1), without the end
+    longest = int(lengths.max()) + 1
+    columns = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, max_tokens)
+    padded = bytearray(b"".join(text.ljust(columns, b"\0") for text in encoded))
+    ids = torch.frombuffer(padded, dtype=torch.uint8).view(len(encoded), columns).long()
+    position = torch.arange(columns)
+    ids = torch.where(position < lengths, ids + FIRST_BYTE, PADDING)
+    return torch.where(position == lengths, END, ids), position <= lengths
+
+
+class ByteT5TextEncoder(nn.Module):
+    """A small T5 encoder over bytes: no vocabulary file, trained together with the generator.
+
+    `encoder(captions)` gives embeddings (B, L, dim) and the mask (B, L) bool, True = a real token,
+    where L <= max_tokens follows the longest caption of the batch; padding is not attended to, so
+    that L changes nothing. Raises ValueError if dim is not a multiple of heads, and without
+    captions.
+    """
+
+    trainable = True
+
+    def __init__(
+        self, *, dim: int, layers: int, heads: int, max_tokens: int, feed_forward: int | None = None
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
+        if max_tokens < 2:
+            raise ValueError(f"max_tokens {max_tokens} is below 2: one byte and the end")
+        self.dim, self.max_tokens = dim, max_tokens
+        # the stack alone: its parent holds the embedding under two names, which safetensors refuses
+        self.model = T5EncoderModel(
+            T5Config(
+                vocab_size=BYTE_VOCABULARY,
+                d_model=dim,
+                d_kv=dim // heads,
+                d_ff=feed_forward or 4 * dim,
+                num_layers=layers,
+                num_heads=heads,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                pad_token_id=PADDING,
+                eos_token_id=END,
+                is_encoder_decoder=False,
+                use_cache=False,
+            )
+        ).encoder
+
+    def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        _check_captions(captions)
+        ids, mask = (part.to(self.model.device) for part in byte_ids(captions, self.max_tokens))
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, E)
+        return hidden, mask
+
+
+class T5TextEncoder(nn.Module):
+    """A pretrained T5 encoder, frozen: captions to embeddings (B, L, dim) and the mask (B, L) bool.
+
+    `name` is a hub name (the paper's: google-t5/t5-base) or a local folder. With
+    `attend_to_padding`, as in the authors' code, T5 sees no mask and every batch is padded to
+    max_tokens (300); without it, to the longest caption, which changes the embeddings. `dtype` is
+    "float32" or "bfloat16": T5 overflows in float16, and autocast is off inside.
+
+    Raises ValueError for another dtype or without captions, FileNotFoundError if name has no model.
+    """
+
+    trainable = False
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_tokens: int = 300,
+        dtype: str = "float32",
+        attend_to_padding: bool = True,
+        local_files_only: bool = False,
+    ):
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16' (T5 overflows)")
+        self.max_tokens, self.attend_to_padding = max_tokens, attend_to_padding
+        self.tokenizer = _load(AutoTokenizer, name, local_files_only=local_files_only)
+        self.model = _load(
+            T5EncoderModel, name, local_files_only=local_files_only, dtype=DTYPES[dtype]
+        )
+        self.dim: int = self.model.config.d_model
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "T5TextEncoder":
+        """Stays in evaluation mode: T5's dropout must not come on with the generator's training."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        _check_captions(captions)
+        ids, mask = self._tokenize(captions)
+        seen = None if self.attend_to_padding else mask
+        with torch.autocast(ids.device.type, enabled=False):
+            hidden = self.model(input_ids=ids, attention_mask=seen).last_hidden_state  # (B, L, E)
+        return hidden, mask
+
+    def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length" if self.attend_to_padding else "longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        )
+        ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _check_captions(captions: Sequence[str]) -> None:
+    if isinstance(captions, str) or len(captions) == 0:
+        raise ValueError("captions must be a list of at least one string")
+
+
+def _load(kind: Any, name: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no T5 model at {name!r}: give a folder with its files, or a hub name within reach"
+        ) from error
