@@ -23,6 +23,7 @@ PINS = dict(
     if line and not line.startswith("#")
 )
 EVERY_REQUIREMENT = sorted({*PROJECT["dependencies"], *sum(EXTRAS.values(), [])})
+DISTRIBUTIONS = packages_distributions()
 # Distributions of modules that an optional extra brings, for machines that lack the extra.
 OPTIONAL = {
     "resvg_py": ["resvg-py"],
@@ -92,7 +93,7 @@ def test_constraints_pin_each_direct_dependency_inside_its_range(requirement: st
 
 @pytest.mark.parametrize("module", sorted(third_party_imports()))
 def test_each_third_party_import_is_a_named_dependency(module: str) -> None:
-    names = {distribution(name) for name in packages_distributions().get(module, [])}
+    names = {distribution(name) for name in DISTRIBUTIONS.get(module, [])}
     names |= set(OPTIONAL.get(module, []))
     assert names & {distribution(text) for text in EVERY_REQUIREMENT}, f"pyproject lacks {module}"
     assert names & {distribution(text) for text in [*PIP_SECTION, *COMMENTED]}

@@ -23,7 +23,10 @@ TABLE: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "dcar/data": (("dcar.data",), LIGHTNING | CONFIG),
     "dcar/evaluation": (("dcar.models", "dcar.data", "dcar.evaluation"), LIGHTNING | CONFIG),
     "dcar/lit": (("dcar.models", "dcar.data", "dcar.evaluation", "dcar.lit"), CONFIG),
-    "dcar/pipeline.py": (("dcar.models", "dcar.data"), LIGHTNING | CONFIG),
+    "dcar/pipeline.py": (
+        ("dcar.models", "dcar.data", "dcar.evaluation.pictures"),
+        LIGHTNING | CONFIG,
+    ),
     "dcar/__init__.py": (("dcar",), LIGHTNING | CONFIG),
     "experiments": (("dcar", "experiments"), set()),
 }
@@ -146,3 +149,36 @@ def test_no_text_names_a_path_of_one_machine() -> None:
         if checkout.search(text) or (path not in TESTS and temporary.search(text)):
             guilty.append(relative(path))
     assert guilty == []
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a Markdown file."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def test_pointers_into_the_documents_lead_to_sections() -> None:
+    """`docs/method.md section 3.2` and `docs/method.md sections 5 and 11` name headings there."""
+    pointer = re.compile(r"docs/(\w+)\.md\)? sections? (\d+(?:\.\d+)?)(?: and (\d+(?:\.\d+)?))?")
+    dead = []
+    for path in committed_texts():
+        for name, *numbers in pointer.findall(path.read_text(encoding="utf-8", errors="ignore")):
+            headings = (ROOT / "docs" / f"{name}.md").read_text()
+            for number in filter(None, numbers):
+                if not re.search(rf"^#+ {re.escape(number)}\.? ", headings, re.MULTILINE):
+                    dead.append(f"{relative(path)}: docs/{name}.md section {number}")
+    assert dead == []
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    dead = []
+    for path in committed_texts():
+        if path.suffix != ".md":
+            continue
+        for target, anchor in re.findall(
+            r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", path.read_text()
+        ):
+            file = path.parent / target if target else path
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                dead.append(f"{relative(path)}: {target}#{anchor}")
+    assert dead == []
