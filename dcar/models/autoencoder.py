@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 HEAD_DIM = 32  # channels per attention head in every DC-AE
@@ -49,26 +49,49 @@ def conv(width_in: int, width_out: int, kernel: int, *, bias: bool = True) -> nn
 
 
 def pixel_shuffle(features: Tensor) -> Tensor:
-    """As F.pixel_shuffle by 2, channels-last in memory on every device."""
-    last = rearrange(features, "b (d i j) h w -> b (h i) (w j) d", i=2, j=2)
-    return rearrange(last, "b h w d -> b d h w")
+    """(B, 4D, H, W) to (B, D, 2H, 2W), staying channels-last where the CUDA kernel would not."""
+    return F.pixel_shuffle(features, 2).contiguous(memory_format=torch.channels_last)
 
 
 def pixel_unshuffle(features: Tensor) -> Tensor:
-    """As F.pixel_unshuffle by 2, channels-last in memory on every device."""
-    last = rearrange(features, "b d (h i) (w j) -> b h w (d i j)", i=2, j=2)
-    return rearrange(last, "b h w d -> b d h w")
+    """(B, D, H, W) to (B, 4D, H/2, W/2), staying channels-last."""
+    return F.pixel_unshuffle(features, 2).contiguous(memory_format=torch.channels_last)
 
 
 def average_channels(features: Tensor, width: int) -> Tensor:
     """Mean over neighbouring channels until `width` are left."""
-    return reduce(features, "b (d group) h w -> b d h w", "mean", d=width)
+    last = rearrange(features, "b (d group) h w -> b h w d group", d=width)
+    return rearrange(last.mean(-1), "b h w d -> b d h w")
 
 
-def add_repeated(features: Tensor, shortcut: Tensor) -> Tensor:
-    """`features` plus `shortcut` with each channel repeated until the widths agree."""
-    grouped = features.unflatten(1, (shortcut.shape[1], -1))
-    return (grouped + shortcut.to(features.dtype).unsqueeze(2)).flatten(1, 2)
+def repeat_channels(features: Tensor, times: int) -> Tensor:
+    """Each channel `times` times in a row."""
+    last = rearrange(features, "b d h w -> b h w d")
+    return rearrange(torch.stack([last] * times, dim=-1), "b h w d times -> b (d times) h w")
+
+
+def shortcut_down(features: Tensor, width: int) -> Tensor:
+    """pixel_unshuffle, then average_channels to `width`.
+
+    The usual ratios are computed without the unshuffle, which would dominate small models on CPU.
+    """
+    group = 4 * features.shape[1] // width
+    if group % 4 == 0:  # whole 2 x 2 patches are averaged
+        return average_channels(F.avg_pool2d(features, 2), width)
+    if group == 2:  # pairs in a row are averaged, the two rows become two channels
+        last = rearrange(features, "b d h w -> b h w d")
+        pairs = (last[:, :, 0::2] + last[:, :, 1::2]) / 2
+        rows = torch.stack([pairs[:, 0::2], pairs[:, 1::2]], dim=-1)
+        return rearrange(rows, "b h w d i -> b (d i) h w")
+    return average_channels(pixel_unshuffle(features), width)
+
+
+def shortcut_up(features: Tensor, width: int) -> Tensor:
+    """repeat_channels to 4 x `width`, then pixel_shuffle."""
+    times = 4 * width // features.shape[1]
+    if times % 4 == 0:  # all four pixels of a 2 x 2 patch repeat one channel
+        return F.interpolate(repeat_channels(features, times // 4), scale_factor=2.0)
+    return pixel_shuffle(repeat_channels(features, times))
 
 
 class Downsample(nn.Module):
@@ -88,7 +111,7 @@ class Downsample(nn.Module):
         halved = pixel_unshuffle(self.conv(features))  # (B, D_out, H/2, W/2)
         if not self.shortcut:
             return halved
-        return halved + average_channels(pixel_unshuffle(features), self.width_out)
+        return halved + shortcut_down(features, self.width_out)
 
 
 class Upsample(nn.Module):
@@ -101,14 +124,12 @@ class Upsample(nn.Module):
                 f"upsampling from {width_in} to {width_out} channels: {width_in} must divide "
                 f"{4 * width_out} = 4 x {width_out}"
             )
-        self.shortcut = shortcut
+        self.width_out, self.shortcut = width_out, shortcut
         self.conv = conv(width_in, 4 * width_out, 3)
 
     def forward(self, features: Tensor) -> Tensor:
-        widened = self.conv(features)  # (B, 4*D_out, H, W)
-        if self.shortcut:
-            widened = add_repeated(widened, features)
-        return pixel_shuffle(widened)  # (B, D_out, 2H, 2W)
+        doubled = pixel_shuffle(self.conv(features))  # (B, D_out, 2H, 2W)
+        return doubled + shortcut_up(features, self.width_out) if self.shortcut else doubled
 
 
 class ResBlock(nn.Module):
@@ -158,9 +179,9 @@ class LiteMLA(nn.Module):
             query, key = F.relu(qkv[:, : 2 * HEAD_DIM]).chunk(2, dim=1)  # (heads, HEAD_DIM, N)
             is_linear = qkv.shape[-1] > HEAD_DIM
             attention = linear_attention if is_linear else quadratic_attention
-            attended = attention(query, key, qkv[:, 2 * HEAD_DIM :]).to(dtype)
-        last = rearrange(attended, "(b heads) d (h w) -> b h w (heads d)", b=batch, w=columns)
-        return rearrange(last, "b h w d -> b d h w")
+            attended = attention(query, key, qkv[:, 2 * HEAD_DIM :])
+        attended = rearrange(attended, "(b heads) d (h w) -> b (heads d) h w", b=batch, w=columns)
+        return attended.to(dtype, memory_format=torch.channels_last)  # (B, D, H, W)
 
 
 class GLUMBConv(nn.Module):
@@ -312,7 +333,10 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         latent = latent.contiguous(memory_format=torch.channels_last)
-        features = add_repeated(self.project_in(latent), latent)  # (B, widths[-1], H, W)
+        features = self.project_in(latent)  # (B, widths[-1], H, W)
+        repeats = features.shape[1] // self.latent_channels
+        # Under autocast the latent is fp32: cast, or every feature map would become fp32.
+        features = features + repeat_channels(latent.to(features.dtype), repeats)
         for stage in reversed(self.stages):
             features = stage(features)
         return self.project_out(F.relu(self.out_norm(features)))  # (B, 3, S, S)

@@ -63,7 +63,7 @@ class HybridTokenizer(nn.Module):
         return self.quantizer.num_codes
 
     def encode(self, image: Tensor) -> Latents:
-        """Both latents of images (B, 3, S, S) in [-1, 1]; ValueError if f does not divide a side."""
+        """Both latents of images (B, 3, S, S) in [-1, 1]; ValueError where f does not divide S."""
         for side in image.shape[-2:]:
             if side % self.downsample:
                 raise ValueError(
