@@ -1,0 +1,137 @@
+"""Losses of the tokenizer and of masked-token training; all computed in fp32.
+
+B batch, S image side, N tokens, K codebook size.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcar.models.tokenizer import Latents
+
+PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Half the sum of both hinges: 1 for logits of zero, 0 once both sides are beyond one."""
+    real, fake = F.relu(1 - real_logits.float()), F.relu(1 + fake_logits.float())
+    return (real.mean() + fake.mean()) / 2
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    return -fake_logits.float().mean()
+
+
+class LeCam(nn.Module):
+    """Keeps discriminator logits near running means of the other side (arXiv 2104.03310).
+
+    Call once per discriminator step and add `weight` times the result; DC-AR does not say whether
+    it regularises, so this is off unless asked for. The means are the same on all ranks.
+    """
+
+    real_mean: Tensor
+    fake_mean: Tensor
+
+    def __init__(self, *, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real_mean", torch.tensor(0.0))
+        self.register_buffer("fake_mean", torch.tensor(0.0))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real, fake = real_logits.float(), fake_logits.float()
+        if self.training:
+            self.update(torch.stack([real.mean(), fake.mean()]).detach())
+        above = F.relu(real - self.fake_mean).square().mean()
+        below = F.relu(self.real_mean - fake).square().mean()
+        return above + below
+
+    def update(self, means: Tensor) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(means)
+            means = means / dist.get_world_size()
+        self.real_mean.lerp_(means[0], 1 - self.decay)
+        self.fake_mean.lerp_(means[1], 1 - self.decay)
+
+
+class TokenizerCriterion(nn.Module):
+    """Weighted sum of the tokenizer's loss terms (DC-AR section 3.1, docs/method.md).
+
+    `(recon, image, latents, fake_logits=None)` gives `{"loss": ..., "l1" or "l2", "lpips",
+    "codebook", "adversarial"}`: terms unweighted, those of weight 0 or without input absent.
+    Images are (B, 3, S, S) in [-1, 1]; `perceptual` maps two of them to distances (B,).
+    Raises ValueError for an unknown pixel loss, a negative weight, or a perceptual weight without
+    a perceptual network.
+    """
+
+    def __init__(
+        self,
+        *,
+        pixel: str,
+        pixel_weight: float,
+        perceptual: nn.Module | None,
+        perceptual_weight: float,
+        codebook_weight: float,
+        adversarial_weight: float,
+    ):
+        super().__init__()
+        if pixel not in PIXEL_LOSSES:
+            raise ValueError(f"pixel loss {pixel!r} is not one of {sorted(PIXEL_LOSSES)}")
+        if perceptual is None and perceptual_weight:
+            raise ValueError(f"perceptual_weight {perceptual_weight} needs a perceptual network")
+        self.pixel, self.perceptual = pixel, perceptual
+        self.weights = {
+            pixel: pixel_weight,
+            "lpips": perceptual_weight,
+            "codebook": codebook_weight,
+            "adversarial": adversarial_weight,
+        }
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"the weight of {name} is {weight}, below 0")
+
+    def forward(
+        self, recon: Tensor, image: Tensor, latents: Latents, fake_logits: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        with torch.autocast(recon.device.type, enabled=False):
+            terms = self.terms(recon.float(), image.float(), latents, fake_logits)
+            loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return {"loss": loss, **terms}
+
+    def terms(
+        self, recon: Tensor, image: Tensor, latents: Latents, fake_logits: Tensor | None
+    ) -> dict[str, Tensor]:
+        terms = {self.pixel: PIXEL_LOSSES[self.pixel](recon, image)}
+        if self.perceptual is not None and self.weights["lpips"]:
+            terms["lpips"] = self.perceptual(recon, image).mean()
+        if self.weights["codebook"]:
+            terms["codebook"] = latents.codebook_loss
+        if fake_logits is not None and self.weights["adversarial"]:
+            terms["adversarial"] = hinge_generator_loss(fake_logits)
+        return terms
+
+
+def masked_token_loss(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    label_smoothing: float = 0.1,
+    unmasked_weight: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over all tokens; visible ones count `unmasked_weight` (docs/method.md).
+
+    logits (B, N, K), ids (B, N), mask (B, N) True where the token was hidden. Returns the weighted
+    sum and the sum of weights, fp32 scalars: their ratio over all ranks and micro-batches is the
+    loss of the whole batch.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        flat = logits.float().flatten(0, 1)  # (B*N, K)
+        loss = F.cross_entropy(
+            flat, ids.flatten(), reduction="none", label_smoothing=label_smoothing
+        )  # (B*N,)
+        weights = torch.where(mask, 1.0, unmasked_weight).flatten()
+        return (loss * weights).sum(), weights.sum()
