@@ -9,8 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from hydra.utils import instantiate
 
 import dcar.models
+from experiments.config import load_config
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -21,6 +24,7 @@ BLOCKS = {
 }
 SOURCE = "dcar/models/binary_quantizer.py"
 TEST = "tests/models/test_binary_quantizer.py"
+CHOICE = "experiments/configs/tokenizer/quantizer/binary.yaml"
 LOOK = "a look at it, in any Python shell"
 
 
@@ -46,7 +50,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def test_the_blocks_are_the_files_of_the_example() -> None:
-    assert {SOURCE, TEST, LOOK} <= set(BLOCKS)
+    assert {SOURCE, TEST, LOOK, CHOICE} <= set(BLOCKS)
 
 
 def test_the_tests_of_the_example_pass(example: ModuleType) -> None:
@@ -62,6 +66,20 @@ def test_a_tokenizer_with_the_example_encodes_and_trains_a_batch(example: Module
     assert looked["latents"].ids.max() < looked["tokenizer"].num_codes
     for name, parameter in looked["tokenizer"].named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_the_command_of_the_example_selects_it(example: ModuleType, tmp_path: Path) -> None:
+    choice = tmp_path / Path(CHOICE).relative_to("experiments/configs")
+    choice.parent.mkdir(parents=True)
+    choice.write_text(BLOCKS[CHOICE])
+    command = re.findall(r"^python -m experiments\.run --exp=(\S+) (.*)$", TEXT, re.MULTILINE)
+    (name, overrides), *_ = command
+    config = load_config(name, [*overrides.split(), f"hydra.searchpath=[file://{tmp_path}]"])
+    tokenizer = instantiate(config.tokenizer, _convert_="all")
+    assert isinstance(tokenizer.quantizer, example.BinaryQuantizer)
+    assert tokenizer.num_codes == config.num_codes
+    latents = tokenizer.encode(torch.zeros(1, 3, config.size, config.size))
+    assert torch.equal(tokenizer.lookup(latents.ids), latents.discrete)
 
 
 def test_the_example_keeps_the_house_rules(example: ModuleType) -> None:
