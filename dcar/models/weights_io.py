@@ -1,0 +1,37 @@
+"""Weights of the frozen networks: files shipped in dcar/weights, and modules that only compute."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+SHIPPED = Path(__file__).parents[1] / "weights"
+
+
+def as_constants(module: nn.Module) -> nn.Module:
+    """Turn every parameter and buffer of a module, in place, into a buffer that is never saved.
+
+    It computes as before and `.to(device)` moves it, but no optimizer, checkpoint, averaged copy or
+    gradient bucket of whatever holds it sees a tensor.
+    """
+    for part in module.eval().modules():
+        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            delattr(part, name)
+            part.register_buffer(name, tensor.detach(), persistent=False)
+    return module
+
+
+def load_constants(module: nn.Module, path: str | Path) -> None:
+    """Fill a module from a .safetensors file (strict; half precision is widened), then freeze it.
+
+    Raises FileNotFoundError with the command that makes the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}; "
+            f"`python -m dcar.models.weights_build {path.stem} --out {path}` makes them"
+        )
+    module.load_state_dict(load_file(path))
+    as_constants(module)
