@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dcar.models.precision import without_autocast
+
 HEAD_DIM = 32  # channels per attention head in every DC-AE
 
 
@@ -18,7 +20,7 @@ class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of (B, D, H, W); keeps the input's dtype under autocast."""
 
     def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
             last = rearrange(features, "b d h w -> b h w d")
             normed = F.layer_norm(last, self.normalized_shape, weight, bias, self.eps)
@@ -29,7 +31,7 @@ class RMSNorm2d(nn.LayerNorm):
     """Root-mean-square norm over channels with weight and bias, as in the public DC-AE weights."""
 
     def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             weight, bias = self.weight.to(features.dtype), self.bias.to(features.dtype)
             last = rearrange(features, "b d h w -> b h w d")
             normed = F.rms_norm(last, self.normalized_shape, weight, self.eps) + bias
@@ -173,7 +175,7 @@ class LiteMLA(nn.Module):
 
     def attend(self, qkv: Tensor, columns: int) -> Tensor:
         batch, dtype = len(qkv), qkv.dtype
-        with torch.autocast(qkv.device.type, enabled=False):
+        with without_autocast(qkv):
             qkv = qkv.to(torch.float32, memory_format=torch.contiguous_format)
             qkv = rearrange(qkv, "b (heads d) h w -> (b heads) d (h w)", d=3 * HEAD_DIM)
             query, key = F.relu(qkv[:, : 2 * HEAD_DIM]).chunk(2, dim=1)  # (heads, HEAD_DIM, N)

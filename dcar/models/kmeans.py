@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcar.models.precision import without_autocast
+
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # similarities held at once: one cache, 256 MiB
-SEEDING_ROUNDS = 16
+SEEDING_ROUNDS = 64
 
 
 def nearest_codes(vectors: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,7 @@ def kmeans(
     """
     if len(vectors) < num_codes:
         raise ValueError(f"k-means needs at least {num_codes} vectors, got {len(vectors)}")
-    with torch.autocast(vectors.device.type, enabled=False):
+    with without_autocast(vectors):
         vectors = vectors.float()
         vectors = F.normalize(vectors, dim=1) if spherical else vectors
         codes = spread_seeds(vectors, num_codes, torch.Generator().manual_seed(seed))

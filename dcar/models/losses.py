@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcar.models.precision import without_autocast
 from dcar.models.tokenizer import Latents
 
 PIXEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -96,7 +97,7 @@ class TokenizerCriterion(nn.Module):
     def forward(
         self, recon: Tensor, image: Tensor, latents: Latents, fake_logits: Tensor | None = None
     ) -> dict[str, Tensor]:
-        with torch.autocast(recon.device.type, enabled=False):
+        with without_autocast(recon):
             terms = self.terms(recon.float(), image.float(), latents, fake_logits)
             loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **terms}
@@ -128,7 +129,7 @@ def masked_token_loss(
     sum and the sum of weights, fp32 scalars: their ratio over all ranks and micro-batches is the
     loss of the whole batch.
     """
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits):
         flat = logits.float().flatten(0, 1)  # (B*N, K)
         loss = F.cross_entropy(
             flat, ids.flatten(), reduction="none", label_smoothing=label_smoothing

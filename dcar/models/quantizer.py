@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dcar.models.kmeans import nearest_codes
+from dcar.models.precision import without_autocast
 
 REVIVAL_SHARPNESS = 10.0  # arXiv 2307.15139
 ENTROPY_TEMPERATURE = 0.01  # arXiv 2412.02692
@@ -149,7 +150,7 @@ class VectorQuantizer(Quantizer):
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def forward(self, latent: Tensor) -> Quantized:
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent):
             batch, _, height, _ = latent.shape
             vectors = self.on_sphere(rearrange(latent.float(), "b c h w -> (b h w) c"))  # (M, C)
             self.revive(vectors.detach(), batch)

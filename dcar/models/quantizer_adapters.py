@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcar.models.precision import without_autocast
 from dcar.models.quantizer import Quantized, Quantizer, straight_through
 
 
@@ -42,7 +43,7 @@ class AdaptedQuantizer(Quantizer):
         self.module, self.quantize = module, quantize
 
     def forward(self, latent: Tensor) -> Quantized:
-        with torch.autocast(latent.device.type, enabled=False):
+        with without_autocast(latent):
             continuous, codes, ids, loss = self.quantize(self.module, latent.float())
             ids = ids.long()  # (B, H, W)
             discrete = straight_through(codes, self.lookup(ids))  # (B, C, H, W)
@@ -52,7 +53,7 @@ class AdaptedQuantizer(Quantizer):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Codes (B, C, H, W) of ids (B, H, W)."""
-        with torch.autocast(ids.device.type, enabled=False):
+        with without_autocast(ids):
             return self.module.indices_to_codes(ids)  # type: ignore[operator]
 
 
