@@ -44,7 +44,8 @@ def training_mask(ratio: Tensor, position_draws: Tensor) -> Tensor:
 
 def masked_after(progress: Tensor, tokens: int, schedule: str = "arccos") -> Tensor:
     """How many of `tokens` the schedule leaves masked at `progress` (float64), before any clamp."""
-    return (tokens * mask_ratio(progress.double(), schedule)).floor().long()
+    ratio = mask_ratio(progress.double(), schedule)
+    return (tokens * ratio + 1e-9).floor().long()  # 0.999999... tokens left are one
 
 
 def next_masked(planned: Tensor, masked: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dcar.models.denoiser import Denoiser
 from dcar.models.diffusion import add_noise, ancestral_step, diffusion_loss, noise_schedule
 from dcar.models.distributed import mean_over_ranks
 from dcar.models.draws import Draws
+from dcar.models.precision import without_autocast
 
 # (noisy rows (M, C), step as the network is told it (1,)) -> network output (M, outputs)
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +108,7 @@ class BaseResidualHead(nn.Module, ABC):
         """
         self._require_scale()
         batch, tokens, _ = residual.shape
-        with self._precision(residual.device):
+        with self._precision(hidden):
             start = repeat(residual.float() / self.scale, "b n c -> (b k n) c", k=self.batch_mul)
             condition = self.denoiser.condition_embedding(self._input(hidden))  # (B, N, W)
             condition = repeat(condition, "b n w -> (b k n) w", k=self.batch_mul)
@@ -143,7 +144,7 @@ class BaseResidualHead(nn.Module, ABC):
         """
         self._require_scale()
         batch, tokens, _ = hidden.shape
-        with self._precision(hidden.device):
+        with self._precision(hidden):
             denoise = self._guided_denoiser(hidden, hidden_uncond, guidance)
 
             def rows(count: int) -> Tensor:
@@ -177,10 +178,8 @@ class BaseResidualHead(nn.Module, ABC):
     def _input(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.denoiser.input.weight.dtype)
 
-    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        if self.full_precision:
-            return torch.autocast(device.type, enabled=False)
-        return contextlib.nullcontext()
+    def _precision(self, hidden: Tensor) -> contextlib.AbstractContextManager[object]:
+        return without_autocast(hidden) if self.full_precision else contextlib.nullcontext()
 
     def _require_scale(self) -> None:
         if self._is_scale_known:  # looked at once only: reading a value back stalls the GPU

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from dcar.models.precision import without_autocast
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # ByT5 (arXiv 2105.13626): bytes follow three special tokens in the vocabulary
 PADDING, END, FIRST_BYTE, BYTE_VOCABULARY = 0, 1, 3, 384
@@ -121,7 +123,7 @@ class T5TextEncoder(nn.Module):
         _check_captions(captions)
         ids, mask = self._tokenize(captions)
         seen = None if self.attend_to_padding else mask
-        with torch.autocast(ids.device.type, enabled=False):
+        with without_autocast(ids):
             hidden = self.model(input_ids=ids, attention_mask=seen).last_hidden_state  # (B, L, E)
         return hidden, mask
 
@@ -145,7 +147,7 @@ def _check_captions(captions: Sequence[str]) -> None:
 def _load(kind: Any, name: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer
         raise FileNotFoundError(
             f"no T5 model at {name!r}: give a folder with its files, or a hub name within reach"
         ) from error

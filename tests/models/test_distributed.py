@@ -1,0 +1,34 @@
+import multiprocessing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dcar.models.distributed import mean_over_ranks
+
+
+def mean_on_rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    value = torch.tensor([1.0, 10.0]) * (rank + 1)
+    torch.save((mean_over_ranks(value), value), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_mean_and_keep_their_own_value(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=mean_on_rank, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    for rank in range(2):
+        mean, value = torch.load(tmp_path / f"{rank}.pt")
+        assert mean.tolist() == [1.5, 15.0]
+        assert value.tolist() == [1.0 + rank, 10.0 + 10 * rank]
+
+
+def test_one_process_keeps_the_value_without_its_gradient() -> None:
+    value = torch.ones(2, requires_grad=True)
+    mean = mean_over_ranks(value)
+    assert torch.equal(mean, value)
+    assert not mean.requires_grad

@@ -1,0 +1,186 @@
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dcar.models.draws import Draws
+from dcar.models.generator import HybridGenerator
+from dcar.models.residual_head import ResidualHead
+from dcar.models.transformer import MaskedTransformer
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def build(*, has_head: bool = True, **changes: Any) -> HybridGenerator:
+    transformer = MaskedTransformer(
+        num_codes=12, dim=16, depth=2, heads=2, text_dim=6, text_tokens=9
+    )
+    head = ResidualHead(channels=3, dim=16, width=8, depth=1, scale=0.2)
+    torch.nn.init.normal_(transformer.output.weight, std=0.3)
+    torch.nn.init.normal_(head.denoiser.output.weight, std=0.3)
+    torch.nn.init.normal_(head.denoiser.output_modulation.weight, std=0.3)
+    return HybridGenerator(
+        transformer=transformer, residual_head=head if has_head else None, **changes
+    )
+
+
+def data(batch: int = 4) -> Inputs:
+    ids = torch.randint(12, (batch, 3, 4))
+    text_mask = torch.arange(7) < torch.randint(1, 8, (batch, 1))
+    return ids, 0.2 * torch.randn(batch, 3, 3, 4), torch.randn(batch, 7, 6), text_mask
+
+
+def test_the_published_generator_has_671_263_680_parameters() -> None:
+    with torch.device("meta"):
+        generator = HybridGenerator(
+            transformer=MaskedTransformer(
+                num_codes=16384, dim=1152, depth=28, heads=16, text_dim=768, text_tokens=300
+            ),
+            residual_head=ResidualHead(channels=32, dim=1152),
+        )
+    assert sum(weight.numel() for weight in generator.parameters()) == 671_263_680
+
+
+def test_the_loss_is_the_token_loss_plus_the_weighted_residual_loss() -> None:
+    terms = build(residual_weight=3.0).losses(*data(), Draws(0))
+    assert set(terms) == {"loss", "token", "residual", "accuracy"}
+    assert all(term.shape == () for term in terms.values())
+    assert torch.allclose(terms["loss"], terms["token"] + 3 * terms["residual"])
+
+
+def test_without_a_head_the_token_loss_is_the_loss() -> None:
+    terms = build(has_head=False).losses(*data(), Draws(0))
+    assert set(terms) == {"loss", "token", "accuracy"}
+    assert terms["loss"] is terms["token"]
+
+
+def test_training_starts_at_the_loss_of_a_uniform_guess() -> None:
+    generator = build()
+    torch.nn.init.zeros_(generator.transformer.output.weight)
+    terms = generator.losses(*data(), Draws(0))
+    assert terms["token"].item() == pytest.approx(math.log(12), abs=1e-5)
+
+
+def test_ids_at_masked_positions_do_not_leak_into_the_hidden_states() -> None:
+    generator, (ids, residual, text, text_mask) = build(), data()
+    mask = generator._draw_mask(ids, Draws(5)).view_as(ids)
+    other = torch.where(mask, (ids + 1) % 12, ids)
+    first = generator.losses(ids, residual, text, text_mask, Draws(5))
+    second = generator.losses(other, residual, text, text_mask, Draws(5))
+    assert torch.equal(first["residual"], second["residual"])
+    assert not torch.allclose(first["token"], second["token"])
+    visible = torch.where(mask, ids, (ids + 1) % 12)
+    third = generator.losses(visible, residual, text, text_mask, Draws(5))
+    assert not torch.allclose(first["residual"], third["residual"])
+
+
+def test_residuals_never_enter_the_transformer() -> None:
+    generator, (ids, residual, text, text_mask) = build(), data()
+    first = generator.losses(ids, residual, text, text_mask, Draws(1))
+    second = generator.losses(ids, residual + 1, text, text_mask, Draws(1))
+    assert torch.equal(first["token"], second["token"])
+    assert not torch.allclose(first["residual"], second["residual"])
+
+
+def test_a_dropped_caption_leaves_its_length_but_not_its_words() -> None:
+    generator, (ids, residual, text, text_mask) = build(), data()
+    kept, dropped = (
+        generator.losses(ids, residual, text, text_mask, Draws(2), caption_drop=drop)["token"]
+        for drop in (0.0, 1.0)
+    )
+    assert not torch.allclose(kept, dropped)
+    words = generator.losses(ids, residual, -text, text_mask, Draws(2), caption_drop=1.0)
+    assert torch.equal(words["token"], dropped)
+    length = generator.losses(ids, residual, text, ~text_mask, Draws(2), caption_drop=1.0)
+    assert not torch.allclose(length["token"], dropped)
+    null = generator.transformer.null_text[:7].expand_as(text)
+    as_null = generator.losses(ids, residual, null, text_mask, Draws(2), caption_drop=0.0)
+    assert torch.equal(as_null["token"], dropped)
+
+
+def test_captions_are_dropped_image_by_image_at_the_given_rate() -> None:
+    generator = build(caption_drop=0.25)
+    text = torch.ones(4000, 7, 6)
+    kept = (generator._drop_captions(text, 0.25, Draws(0)) == 1).flatten(1)
+    assert torch.equal(kept.all(1), kept.any(1))
+    assert kept.all(1).float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_accuracy_counts_masked_tokens_alone() -> None:
+    generator, (ids, residual, text, text_mask) = build(), data()
+    torch.nn.init.zeros_(generator.transformer.output.weight)
+    generator.transformer.output.bias.data[5] = 9.0
+    mask = generator._draw_mask(ids, Draws(0)).view_as(ids)
+    right = torch.where(mask, 5, 4)
+    assert generator.losses(right, residual, text, text_mask, Draws(0))["accuracy"] == 1
+    wrong = torch.where(mask, 4, 5)
+    assert generator.losses(wrong, residual, text, text_mask, Draws(0))["accuracy"] == 0
+
+
+def test_the_residual_loss_trains_the_backbone_too() -> None:
+    generator = build()
+    generator.losses(*data(), Draws(0))["residual"].backward()
+    assert bool(generator.transformer.blocks[0].attention.qkv.weight.grad.any())
+    assert generator.transformer.output.weight.grad is None  # read before the output layer
+
+
+def test_the_residual_loss_can_be_kept_to_masked_positions() -> None:
+    generator, (ids, residual, text, text_mask) = build(residual_positions="masked"), data()
+    mask = generator._draw_mask(ids, Draws(0)).view_as(ids)[:, None]
+    first = generator.losses(ids, residual, text, text_mask, Draws(0))["residual"]
+    elsewhere = residual + (~mask) * 1.0
+    second = generator.losses(ids, elsewhere, text, text_mask, Draws(0))["residual"]
+    assert torch.equal(first, second)
+
+
+def gradients(generator: HybridGenerator, inputs: Inputs, draws: Draws) -> list[Tensor]:
+    generator.zero_grad()
+    generator.losses(*inputs, draws)["loss"].backward()
+    return [weight.grad.clone() for weight in generator.parameters()]
+
+
+def gradients_on_rank(rank: int, folder: Path, generator: HybridGenerator, inputs: Inputs) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    ids, residual, text, text_mask = (part[rank::2] for part in inputs)
+    own = gradients(generator, (ids, residual, text, text_mask), Draws(9, rank=rank, world=2))
+    torch.save(own, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_gradients_of_two_ranks_average_to_those_of_one_process(
+    tmp_path: Path, positions: str
+) -> None:
+    generator, inputs = build(residual_positions=positions, caption_drop=0.5), data()
+    whole = gradients(generator, inputs, Draws(9))
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=gradients_on_rank, args=(rank, tmp_path, generator, inputs))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for one, *split in zip(whole, *parts, strict=True):
+        assert torch.allclose(one, sum(split) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_drop": 1.5}, "caption_drop 1.5"),
+        ({"label_smoothing": -0.1}, "label_smoothing -0.1"),
+        ({"mask_schedule": "sine"}, "mask_schedule 'sine'"),
+        ({"residual_positions": "some"}, "residual_positions 'some'"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**changes)

@@ -1,0 +1,138 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dcar.models.unmasking import (
+    SamplerSettings,
+    guidance_at,
+    gumbel,
+    make_plan,
+    sample_ids,
+    select_masked,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("steps", -1),
+        ("steps", 10**6),
+        ("steps", 2.5),
+        ("steps", True),
+        ("residual_steps", 0),
+        ("guidance", math.nan),
+        ("guidance", -1.0),
+        ("guidance", math.inf),
+        ("guidance_power", math.nan),
+        ("randomize_temperature", -0.5),
+        ("residual_guidance", math.nan),
+        ("residual_temperature", -1.0),
+        ("schedule", "sine"),
+        ("guidance_decay", "cosine"),
+        ("confidence", "logit"),
+        ("selection", "best"),
+        ("count_from", "rows"),
+        ("residual_condition", "none"),
+        ("null_mask", "all"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} "):
+        SamplerSettings(**{name: value})
+
+
+def test_power_cosine_guidance_starts_at_one_in_its_own_convention() -> None:
+    with pytest.raises(ValueError, match="guidance 0.5"):
+        SamplerSettings(guidance=0.5, guidance_decay="power-cosine")
+    assert SamplerSettings(guidance=0.0, guidance_decay="power-cosine").guidance == 0
+
+
+def test_the_residual_takes_the_guidance_of_the_tokens_unless_given_its_own() -> None:
+    assert SamplerSettings(guidance=2.0).guidance_of_residual == 2.0
+    assert SamplerSettings(guidance=2.0, residual_guidance=0.0).guidance_of_residual == 0.0
+
+
+def test_guidance_decays_as_named() -> None:
+    progress = torch.arange(4, dtype=torch.float64) / 4
+
+    def weights(decay: str, **more: float) -> list[float]:
+        settings = SamplerSettings(guidance=4.0, guidance_decay=decay, **more)
+        return guidance_at(progress, settings).tolist()
+
+    assert weights("constant") == [4, 4, 4, 4]
+    assert weights("linear") == [0, 1, 2, 3]
+    rise = [3 * (1 - math.cos(math.pi * (step / 4) ** 2)) / 2 for step in range(4)]
+    assert weights("power-cosine", guidance_power=2.0) == pytest.approx(rise)
+
+
+def test_ids_follow_the_law_of_gumbel_noise_on_the_logits() -> None:
+    logits = torch.tensor([2.0, 0.0, 1.0, -3.0, 1.5])
+    draws = 40_000
+    temperature = torch.full((draws, 1), 0.7)
+    ids = sample_ids(logits.expand(draws, 1, 5), temperature, torch.rand(draws, 1))
+    noisy = logits + 0.7 * gumbel(torch.rand(draws, 5))
+    expected = (logits / 0.7).softmax(0)
+    for drawn in (ids.flatten(), noisy.argmax(1)):
+        frequency = drawn.bincount(minlength=5) / draws
+        assert torch.allclose(frequency, expected, atol=0.01)
+
+
+def test_temperature_zero_is_greedy_image_by_image() -> None:
+    logits = torch.randn(2, 50, 9)
+    ids = sample_ids(logits, torch.tensor([[0.0], [5.0]]), torch.rand(2, 50))
+    assert torch.equal(ids[0], logits[0].argmax(1))
+    assert not torch.equal(ids[1], logits[1].argmax(1))
+
+
+def test_the_extreme_uniform_draws_give_ids_that_exist() -> None:
+    logits = torch.tensor([-math.inf, 0.0, 1.0]).expand(2, 1, 3)
+    almost_one = 1 - 2**-24
+    ids = sample_ids(logits, torch.ones(2, 1), torch.tensor([[0.0], [almost_one]]))
+    assert ids.flatten().tolist() == [1, 2]
+
+
+def test_gumbel_noise_has_its_mean_and_is_finite_at_zero() -> None:
+    assert gumbel(torch.rand(100_000)).mean().item() == pytest.approx(0.5772, abs=0.02)
+    assert gumbel(torch.tensor([0.0, 1 - 2**-24])).isfinite().all()
+
+
+def test_the_least_confident_stay_masked_and_known_tokens_stay_known() -> None:
+    confidence = torch.tensor([[5.0, 1.0, 3.0, -9.0, 2.0]])
+    masked = torch.tensor([[True, True, True, False, True]])
+    for ties in (True, False):
+        left = select_masked(confidence, masked, torch.tensor([2]), ties=ties)
+        assert left.tolist() == [[False, True, False, False, True]]
+
+
+def test_ties_at_the_cut_off_are_masked_together_or_broken() -> None:
+    confidence, masked = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    counts = [
+        select_masked(confidence, masked, torch.tensor([2]), ties=ties).sum().item()
+        for ties in (True, False)
+    ]
+    assert counts == [4, 2]
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_a_count_of_zero_leaves_nothing_masked(ties: bool) -> None:
+    masked = torch.ones(1, 4, dtype=torch.bool)
+    assert not select_masked(torch.randn(1, 4), masked, torch.tensor([0]), ties=ties).any()
+
+
+def test_the_plan_cools_down_to_greedy_in_the_steps_of_each_image() -> None:
+    masked = torch.tensor([[True] * 4, [True, False, False, False]])
+    plan = make_plan(masked, SamplerSettings(steps=4))
+    assert plan.steps == [4, 1]
+    assert plan.temperature[:, 0].tolist() == pytest.approx([1.5 * x for x in (0.75, 0.5, 0.25, 0)])
+    assert plan.temperature[:, 1].tolist() == [0, 0, 0, 0]
+    assert plan.softness[:, 0].tolist() == pytest.approx([1.1, 0.9, 0.7, 0.5])
+    assert plan.is_last == [[False, True], [False, False], [False, False], [True, False]]
+
+
+def test_without_annealing_logits_keep_their_softness() -> None:
+    settings = SamplerSettings(softmax_annealing=False)
+    plan = make_plan(torch.ones(1, 16, dtype=torch.bool), settings)
+    assert bool((plan.softness == 1).all())
