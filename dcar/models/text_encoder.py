@@ -15,6 +15,7 @@ from dcar.models.precision import without_autocast
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # ByT5 (arXiv 2105.13626): bytes follow three special tokens in the vocabulary
 PADDING, END, FIRST_BYTE, BYTE_VOCABULARY = 0, 1, 3, 384
+VOCABULARY_PADDING = 128  # T5 models round their vocabulary up to a multiple of this
 LENGTH_STEP = 8  # batches are padded to a multiple of this, so that few shapes occur
 
 
@@ -88,7 +89,8 @@ class T5TextEncoder(nn.Module):
     max_tokens (300); without it, to the longest caption, which changes the embeddings. `dtype` is
     "float32" or "bfloat16": T5 overflows in float16, and autocast is off inside.
 
-    Raises ValueError for another dtype or without captions, FileNotFoundError if name has no model.
+    Raises ValueError for another dtype, a tokenizer that is not the model's, or without captions;
+    FileNotFoundError if name has no model.
     """
 
     trainable = False
@@ -111,6 +113,7 @@ class T5TextEncoder(nn.Module):
             T5EncoderModel, name, local_files_only=local_files_only, dtype=DTYPES[dtype]
         )
         self.dim: int = self.model.config.d_model
+        self._check_vocabulary(name)
         self.requires_grad_(False)
         self.eval()
 
@@ -126,6 +129,14 @@ class T5TextEncoder(nn.Module):
         with without_autocast(ids):
             hidden = self.model(input_ids=ids, attention_mask=seen).last_hidden_state  # (B, L, E)
         return hidden, mask
+
+    def _check_vocabulary(self, name: str) -> None:
+        """Without tokenizer files transformers makes one that maps every word to "unknown"."""
+        known, rows = len(self.tokenizer), self.model.config.vocab_size
+        if not rows - VOCABULARY_PADDING < known <= rows:
+            raise ValueError(
+                f"the tokenizer at {name!r} has {known} tokens, the model {rows}: files are missing"
+            )
 
     def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(
@@ -147,7 +158,7 @@ def _check_captions(captions: Sequence[str]) -> None:
 def _load(kind: Any, name: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer
+    except (OSError, ValueError) as error:  # ValueError: an empty folder given for a tokenizer
         raise FileNotFoundError(
             f"no T5 model at {name!r}: give a folder with its files, or a hub name within reach"
         ) from error

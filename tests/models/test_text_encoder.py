@@ -129,12 +129,13 @@ def test_float16_is_refused_because_t5_overflows(folder: str) -> None:
         T5TextEncoder(folder, dtype="float16")
 
 
-@pytest.mark.parametrize("has_weights", [False, True])
-def test_a_folder_without_model_or_tokenizer_is_one_sentence(
-    tmp_path: Path, folder: str, has_weights: bool
-) -> None:
-    if has_weights:
-        T5EncoderModel.from_pretrained(folder).save_pretrained(tmp_path)
+def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path, folder: str) -> None:
+    T5EncoderModel.from_pretrained(folder).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model 384: files are missing"):
+        T5TextEncoder(str(tmp_path), local_files_only=True)
+
+
+def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no T5 model at") as caught:
         T5TextEncoder(str(tmp_path), local_files_only=True)
     assert "\n" not in str(caught.value)
