@@ -58,7 +58,9 @@ def model_of_checkpoint(path: Path) -> Model:
         network["text_encoder"] = model.text_encoder
     load_strictly(network, checkpoint["network"], source=path)
     tokenizer_path = checkpoint["dcar"]["tokenizer_from"]
-    load_strictly(model.tokenizer, read_checkpoint(tokenizer_path)["network"], source=tokenizer_path)
+    load_strictly(
+        model.tokenizer, read_checkpoint(tokenizer_path)["network"], source=tokenizer_path
+    )
     return model
 
 
@@ -96,9 +98,7 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
     return pictures
 
 
-def write(
-    pictures: list[Image], prompts: list[str], paths: list[Path], config: DictConfig
-) -> None:
+def write(pictures: list[Image], prompts: list[str], paths: list[Path], config: DictConfig) -> None:
     settings = {key: config[key] for key in ("ckpt", "steps", "guidance", "precision")}
     for index, (picture, prompt, path) in enumerate(zip(pictures, prompts, paths, strict=True)):
         save_png(picture, path, {"prompt": prompt, "seed": config.seed + index, **settings})

@@ -1,5 +1,6 @@
 """The task of every training experiment: build data, module and trainer from config, and fit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,7 +17,7 @@ from dcar.lit.generator import MaskedARGenerator
 from dcar.models.checkpoints import PARTS, CheckpointError, read_checkpoint, save_model
 from experiments.config import ConfigError
 from experiments.run import RunOptions
-from experiments.strategy import resolve_strategy
+from experiments.strategy import device_count, resolve_strategy
 
 
 def build(node: Any, **arguments: Any) -> Any:
@@ -64,6 +65,8 @@ def build_trainer(config: DictConfig, module: BaseModule, options: RunOptions) -
     assert isinstance(settings, dict)
     settings["precision"] = resolve_precision(str(settings["precision"]))
     settings["strategy"] = resolve_strategy(settings, alternates=len(module.optimized()) > 1)
+    if settings["sync_batchnorm"] == "auto":
+        settings["sync_batchnorm"] = torch.cuda.is_available() and device_count(settings) > 1
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
     if options.dry_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
@@ -97,9 +100,32 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
-    if isinstance(module, MaskedARGenerator) and not options.dry_run:
-        export(module, config)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not options.dry_run and trainer.is_global_zero:
+        write_facts(trainer, module, metrics, config)
+        if isinstance(module, MaskedARGenerator):
+            export(module, config)
+    return metrics
+
+
+def write_facts(
+    trainer: Trainer, module: BaseModule, metrics: dict[str, float], config: DictConfig
+) -> None:
+    """metrics.json: the last value of everything logged, with what it took to get there."""
+    timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+    facts = {
+        "experiment": config.exp,
+        "steps": trainer.global_step,
+        "seconds": timer.time_elapsed("train") if timer else None,
+        "parameters": sum(p.numel() for p in module.network.parameters()),
+        "trained_parameters": sum(
+            p.numel() for p in module.network.parameters() if p.requires_grad
+        ),
+        "precision": str(trainer.precision),
+        "device": str(module.device),
+        "metrics": metrics,
+    }
+    (Path(config.output_dir) / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def export(module: MaskedARGenerator, config: DictConfig) -> None:

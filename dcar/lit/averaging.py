@@ -81,9 +81,7 @@ class AverageWeights(Callback):
         if not self.updates:
             return
         average = self._network_copy(pl_module)
-        for ours, theirs in zip(
-            average.parameters(), pl_module.network.parameters(), strict=True
-        ):
+        for ours, theirs in zip(average.parameters(), pl_module.network.parameters(), strict=True):
             kept = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(kept)

@@ -121,7 +121,9 @@ class BaseModule(LightningModule):
         self.log(f"opt/{name}gradient_norm", norm)
         self.log(f"opt/{name}learning_rate", optimizer.param_groups[0]["lr"])
 
-    def log_terms(self, split: str, terms: dict[str, Tensor], *, show: tuple[str, ...] = ()) -> None:
+    def log_terms(
+        self, split: str, terms: dict[str, Tensor], *, show: tuple[str, ...] = ()
+    ) -> None:
         """Log `{name: scalar}` as `split/name`; the names in `show` appear in the progress bar."""
         for name, value in terms.items():
             self.log(
@@ -149,7 +151,9 @@ class BaseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dcar"] = {"module": type(self).__name__, "config": self.plain_config}
-        checkpoint.setdefault("network", self.network.state_dict())  # averaged, where averages exist
+        checkpoint.setdefault(
+            "network", self.network.state_dict()
+        )  # averaged, where averages exist
 
     @staticmethod
     def _as_list(value: Any) -> list[Any]:

@@ -53,8 +53,8 @@ class MaskedARGenerator(BaseModule):
     tokenizer, tokenizer_from: architecture and the checkpoint (stage 2 or 3) of a frozen tokenizer.
     text_encoder: trained along where its `trainable` says so, else frozen.
     init_from: another run of this module, at any resolution: positions are computed.
-    scale_batches: batches that measure the residual's standard deviation where the head's scale is
-        not given.
+    scale_batches: batches that measure the residual's standard deviation before the first step,
+        at this resolution, unless the head was built with a scale.
     cache_tokens: tokenise each image once; needs a transform without randomness.
     val_names: of the validation sets in order; cross-entropy with right and shuffled captions is
         logged for each, gFID for the first, from `fid_images` samples (0 for none).
@@ -87,13 +87,15 @@ class MaskedARGenerator(BaseModule):
         if text_encoder.trainable:
             parts["text_encoder"] = text_encoder
         self.network = nn.ModuleDict(parts)
-        self.text_encoder = text_encoder if text_encoder.trainable else Frozen(text_encoder)
+        self.frozen_text = None if text_encoder.trainable else Frozen(text_encoder)
         self.tokenizer = Frozen(tokenizer)
         self.sampler, self.size = sampler, size
         self.scale_batches, self.fid_images = scale_batches, fid_images
         self.cache = TokenCache() if cache_tokens else None
         self.val_names = tuple(val_names)
         self.metrics = Frozen(metrics()) if fid_images else None
+        head = generator.residual_head
+        self.measures_scale = head is not None and not bool(torch.isfinite(head.scale))
         self.tokenizer_from = tokenizer_from
         if tokenizer_from is not None:
             self._load_tokenizer(tokenizer_from)
@@ -114,21 +116,25 @@ class MaskedARGenerator(BaseModule):
     def generator(self) -> HybridGenerator:
         return self.network["generator"]  # type: ignore[return-value]
 
+    @property
+    def text_encoder(self) -> Any:
+        """Captions to text (B, L, E) and mask (B, L): a part of the network, or frozen beside it."""
+        return self.network["text_encoder"] if self.frozen_text is None else self.frozen_text
+
     def frozen(self) -> list[Any]:
-        frozen = [self.tokenizer, self.text_encoder, self.metrics]
-        return [module for module in frozen if isinstance(module, Frozen)]
+        frozen = [self.tokenizer, self.frozen_text, self.metrics]
+        return [module for module in frozen if module is not None]
 
     def model(self) -> Model:
         """The whole model, to sample from or to save as a model folder."""
-        encoder = self.text_encoder
-        encoder = encoder.module if isinstance(encoder, Frozen) else encoder
+        frozen = self.frozen_text
+        encoder = self.network["text_encoder"] if frozen is None else frozen.module
         return Model(
             self.tokenizer.module, self.generator, encoder, self.sampler, self.plain_config
         )
 
     def on_train_start(self) -> None:
-        head = self.generator.residual_head
-        if head is not None and not torch.isfinite(head.scale):
+        if self.measures_scale and self.global_step == 0:
             self._measure_residual_scale()
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from dcar.evaluation.metrics import ReconstructionMetrics
 from dcar.lit.base import BaseModule, train_only
 from dcar.lit.frozen import Frozen
 from dcar.models.checkpoints import load_strictly
+from dcar.models.kmeans import kmeans
 from dcar.models.losses import TokenizerCriterion, hinge_discriminator_loss
-from dcar.models.quantizer import codebook_perplexity, codebook_usage, kmeans
+from dcar.models.quantizer import codebook_perplexity, codebook_usage
 from dcar.models.tokenizer import HybridTokenizer, Latents
 
 

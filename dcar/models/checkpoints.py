@@ -31,6 +31,7 @@ COMPONENTS = (
     "dcar.models.text_encoder.T5TextEncoder",
     "dcar.models.text_encoder.ByteT5TextEncoder",
     "dcar.models.sampler.SamplerSettings",
+    "types.NoneType",  # a part that is left out
 )
 PARTS = ("tokenizer", "generator", "text_encoder")
 

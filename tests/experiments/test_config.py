@@ -1,0 +1,87 @@
+"""Composing experiments: every file composes and builds; what is wrong is named in one line."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from experiments.config import (
+    CONFIGS,
+    ConfigError,
+    experiment_names,
+    find_checkpoint,
+    first_comment,
+    load_config,
+)
+
+REQUIRED = {"sample": ["ckpt=x", "prompt=x"]}
+
+
+def test_every_experiment_of_the_readme_s_kinds_is_there() -> None:
+    names = set(experiment_names())
+    stages = {"stage1", "stage2", "stage3"}
+    assert {"quickstart", "sample"} <= names
+    assert {f"tokenizer/{s}" for s in stages} <= names
+    assert {f"smoke/{s}" for s in stages | {"pretrain_256", "finetune_512"}} <= names
+    assert {"generator/pretrain_256", "generator/finetune_512"} <= names
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_a_file_opens_with_what_it_reproduces_what_it_costs_and_its_command(name: str) -> None:
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    assert len(first_comment(name)) > 20
+    for heading in ("# Reproduces:", "# Cost:", "# Command:"):
+        assert heading in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_step=3", "unknown key 'max_step'; did you mean 'max_steps'"),
+        ("module.gradient_clp=3", "did you mean 'module.gradient_clip'"),
+        ("tokenizer/quantizer=simv", "did you mean 'simvq'"),
+        ("data=imagenett", "did you mean 'imagenet'"),
+        ("max_steps=many", "max_steps=many: expected integer"),
+        ("trainer=3", "trainer"),
+        ("module.per_image.x=1", "module.per_image"),
+        ("size=${sise}", "sise"),
+        ("max_steps=???", "max_steps must be given"),
+        ("max_steps=[", "max_steps"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_the_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("quickstart/stage3", [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_experiment_gets_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        load_config("quikstart")
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(ConfigError, match="ckpt must be given: add ckpt=VALUE"):
+        load_config("sample", ["prompt=x"])
+
+
+def test_an_unreadable_file_is_an_error_of_its_own(monkeypatch, tmp_path) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "broken.yaml").write_text("# broken\na: [1,\n")
+    monkeypatch.setattr("experiments.config.CONFIGS", tmp_path)
+    monkeypatch.setattr("experiments.config.EXPERIMENTS", folder)
+    with pytest.raises(ConfigError, match="broken"):
+        load_config("broken")
+
+
+def test_swapping_a_component_leaves_no_key_of_the_old_one() -> None:
+    config = load_config("tokenizer/stage2", ["tokenizer/quantizer=simvq", "data_root=x"])
+    assert set(config.tokenizer.quantizer) == {"_target_", "num_codes", "dim"}
+
+
+def test_a_checkpoint_is_found_by_path_and_by_experiment(tmp_path) -> None:
+    path = tmp_path / "a.ckpt"
+    path.touch()
+    assert find_checkpoint(str(path), "outputs") == str(path)
+    assert find_checkpoint("smoke/stage1", "out") == "out/smoke/stage1/checkpoints/last.ckpt"
+    assert find_checkpoint(None, "outputs") is None

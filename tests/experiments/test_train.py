@@ -1,0 +1,109 @@
+"""The training task on the embedded data: smoke experiments end to end, resume, dry run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcar.models.checkpoints import CheckpointError, load_model
+from experiments.config import load_config
+from experiments.run import RunOptions, main
+from experiments.sample import find_model
+from experiments.train import find_resume, resolve_precision, train
+
+CHAIN = ("stage1", "stage2", "stage3", "pretrain_256", "finetune_512")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """All five smoke trainings in order, as a user would run them."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    for name in CHAIN:
+        assert main([f"--exp=smoke/{name}", f"outputs={outputs}"]) == 0, name
+    return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAIN)
+def test_a_run_leaves_checkpoint_config_metrics_and_events(name: str, trained: Path) -> None:
+    folder = trained / "smoke" / name
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    assert (folder / "config.yaml").is_file() and (folder / "checkpoints" / "best.ckpt").is_file()
+    facts = json.loads((folder / "metrics.json").read_text())
+    assert facts["steps"] == 6 and facts["seconds"] > 0
+    assert any(key.startswith("val/") for key in facts["metrics"])
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAIN)
+def test_stopping_and_resuming_on_shards_is_bit_equal(
+    name: str, trained: Path, tmp_path: Path
+) -> None:
+    """The same command with 3 of 6 steps, then --ckpt=auto with all 6."""
+    sources = [
+        f"{key}={trained}/smoke/{value}/checkpoints/last.ckpt"
+        for key, value in _sources(name).items()
+    ]
+    command = [f"--exp=smoke/{name}", f"outputs={tmp_path}", *sources]
+    schedule = ["module.schedule.total_steps=6"]
+    assert main([*command, *schedule, "max_steps=3"]) == 0
+    assert main([*command, *schedule, "--ckpt=auto"]) == 0
+    straight, resumed = (
+        torch.load(root / "smoke" / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for root in (trained, tmp_path)
+    )
+    for key in ("state_dict", "network"):
+        for tensor_name, tensor in straight[key].items():
+            assert torch.equal(tensor, resumed[key][tensor_name]), tensor_name
+
+
+def _sources(name: str) -> dict[str, str]:
+    config = load_config(f"smoke/{name}")
+    keys = ("init_from", "tokenizer_from")
+    return {k: config[k].removeprefix("smoke/") for k in keys if config.get(k) is not None}
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_trained_again(trained: Path, capsys) -> None:
+    path = trained / "smoke" / "stage1" / "checkpoints" / "last.ckpt"
+    before = path.stat().st_mtime_ns
+    assert main(["--exp=smoke/stage1", f"outputs={trained}", "--ckpt=auto"]) == 0
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_the_exported_folder_and_the_checkpoint_are_one_model(trained: Path) -> None:
+    run = trained / "smoke" / "finetune_512"
+    folder = load_model(run / "model")
+    checkpoint = find_model(str(run / "checkpoints" / "last.ckpt"), str(trained))
+    for part in ("tokenizer", "generator", "text_encoder"):
+        ours, theirs = getattr(folder, part).state_dict(), getattr(checkpoint, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_a_dry_run_writes_no_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--exp=smoke/stage2", "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_starts_fresh_and_a_named_checkpoint_must_exist(tmp_path: Path) -> None:
+    config = load_config("smoke/stage1", [f"outputs={tmp_path}"])
+    assert find_resume(config, None) is None and find_resume(config, "auto") is None
+    for ckpt in ("last", "best", "there.ckpt"):
+        with pytest.raises(CheckpointError, match=f"--ckpt {ckpt}"):
+            find_resume(config, ckpt)
+
+
+def test_a_named_precision_is_kept() -> None:
+    assert resolve_precision("16-mixed") == "16-mixed"
+    assert resolve_precision("auto") in ("16-mixed", "bf16-mixed", "32-true")
+
+
+def test_a_missing_stage_names_the_checkpoint_it_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="smoke/stage1/checkpoints/last.ckpt"):
+        train(load_config("smoke/stage2", [f"outputs={tmp_path}"]), RunOptions())

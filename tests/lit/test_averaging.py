@@ -1,0 +1,77 @@
+"""Averaged weights: of the network alone, lent to validation, saved and restored."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcar.lit.averaging import AverageWeights
+from tests.toys import ToyData, toy_stage, toy_trainer
+
+
+def fit(steps: int, decay: float, **settings):
+    module, callback = toy_stage(2, adversarial=True), AverageWeights(decay=decay)
+    trainer = toy_trainer(steps, callbacks=[callback], **settings)
+    trainer.fit(module, datamodule=ToyData())
+    return module, callback, trainer
+
+
+def test_without_decay_the_average_is_the_live_network() -> None:
+    module, callback, _ = fit(3, 0.0)
+    for name, tensor in callback.average.state_dict().items():
+        assert torch.equal(tensor, module.network.state_dict()[name]), name
+
+
+def test_the_average_lags_behind_the_live_network() -> None:
+    module, callback, _ = fit(3, 0.99)
+    live = dict(module.network.named_parameters())
+    assert callback.updates == 3
+    assert any(not torch.equal(p, live[n]) for n, p in callback.average.named_parameters())
+    for kept, buffer in zip(callback.average.buffers(), module.network.buffers(), strict=True):
+        assert torch.equal(kept, buffer)
+
+
+def test_only_the_trained_network_is_averaged() -> None:
+    module, callback, _ = fit(1, 0.9)
+    assert len(list(callback.average.parameters())) == len(list(module.network.parameters()))
+
+
+def test_a_checkpoint_holds_both_and_resuming_restores_both(tmp_path: Path) -> None:
+    module, callback, trainer = fit(3, 0.9)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    name = "decoder.project_in.weight"
+    name = next(n for n, p in module.network.named_parameters() if p.requires_grad)
+    assert torch.equal(saved["network"][name], callback.average.state_dict()[name])
+    assert torch.equal(saved["state_dict"][f"network.{name}"], module.network.state_dict()[name])
+    resumed, again = toy_stage(2, adversarial=True), AverageWeights(decay=0.9)
+    toy_trainer(3, callbacks=[again]).fit(
+        resumed, datamodule=ToyData(), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert torch.equal(again.average.state_dict()[name], callback.average.state_dict()[name])
+    assert again.updates == 3
+
+
+def test_validation_runs_on_the_average_and_gives_the_weights_back() -> None:
+    seen = {}
+
+    class Spy(AverageWeights):
+        def on_validation_start(self, trainer, pl_module) -> None:
+            seen["live"] = [p.clone() for p in pl_module.network.parameters()]
+            super().on_validation_start(trainer, pl_module)
+            seen["lent"] = [p.clone() for p in pl_module.network.parameters()]
+
+        def on_validation_end(self, trainer, pl_module) -> None:
+            super().on_validation_end(trainer, pl_module)
+            seen["after"] = [p.clone() for p in pl_module.network.parameters()]
+
+    toy_trainer(2, callbacks=[Spy(decay=0.9)], limit_val_batches=1, val_check_interval=2).fit(
+        toy_stage(1), datamodule=ToyData()
+    )
+    assert all(torch.equal(a, b) for a, b in zip(seen["live"], seen["after"], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(seen["live"], seen["lent"], strict=True))
+
+
+def test_an_impossible_decay_is_refused() -> None:
+    with pytest.raises(ValueError, match="decay=1.0"):
+        AverageWeights(decay=1.0)

@@ -1,0 +1,60 @@
+"""What TensorBoard shows: grids, codebook histogram, throughput, config."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dcar.lit.callbacks import (
+    CodebookHistogram,
+    ConfigText,
+    ReconstructionGrid,
+    SampleGrid,
+    Throughput,
+)
+from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer
+
+
+def board(module, callbacks, folder: Path, steps: int = 4) -> EventAccumulator:
+    logger = TensorBoardLogger(folder, name="", version="")
+    trainer = toy_trainer(
+        steps,
+        callbacks=callbacks,
+        logger=logger,
+        limit_val_batches=1,
+        val_check_interval=2,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, datamodule=ToyData())
+    logger.finalize("success")
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_tokenizer_run_shows_grid_histogram_config_and_grouped_scalars(tmp_path: Path) -> None:
+    callbacks = [
+        ReconstructionGrid(images=3),
+        CodebookHistogram(),
+        ConfigText(text="seed: 0"),
+        Throughput(every_steps=1, warmup=1),
+    ]
+    shown = board(toy_stage(2, adversarial=True), callbacks, tmp_path)
+    grid = shown.Images("val/reconstruction")[-1]
+    assert (grid.width, grid.height) == (4 * 32, 3 * 32)
+    assert "codebook/val_counts" in shown.Tags()["histograms"]
+    assert any(tag.startswith("config") for tag in shown.Tags()["tensors"])
+    groups = {tag.split("/")[0] for tag in shown.Tags()["scalars"]} - {"epoch"}
+    assert groups == {"train", "val", "opt", "codebook", "data", "perf"}
+    assert all(event.value > 0 for event in shown.Scalars("perf/images_per_second"))
+    assert all(0 <= event.value <= 1 for event in shown.Scalars("data/wait_share"))
+
+
+def test_generator_run_draws_the_fixed_prompts_at_every_validation(tmp_path: Path) -> None:
+    callbacks = [SampleGrid(prompts=["a", "b", "c"], columns=2)]
+    shown = board(toy_masked_generator(), callbacks, tmp_path)
+    assert [event.step for event in shown.Images("val/samples")] == [2, 4]
+
+
+def test_a_grid_without_prompts_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one prompt"):
+        SampleGrid(prompts=[])

@@ -1,0 +1,69 @@
+"""last.ckpt stays current; a signal ends a run cleanly and the next one goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint
+from tests.toys import ToyData, toy_stage, toy_trainer
+
+
+class Signal(Callback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, number: int, at_step: int):
+        self.number, self.at_step = number, at_step
+
+    def on_train_batch_start(self, trainer, *args, **kwargs) -> None:
+        if trainer.global_step == self.at_step:
+            os.kill(os.getpid(), self.number)
+
+
+def step_of(folder: Path) -> int:
+    return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+
+
+def test_it_saves_at_intervals_and_at_the_last_step(tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(LastCheckpoint):
+        def _save(self, trainer) -> None:
+            super()._save(trainer)
+            seen.append(trainer.global_step)
+
+    toy_trainer(5, callbacks=[Watch(folder=tmp_path, every_steps=2)]).fit(
+        toy_stage(1), datamodule=ToyData()
+    )
+    assert seen == [2, 4, 5] and step_of(tmp_path) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_tells_its_number(number: int, tmp_path: Path) -> None:
+    previous = signal.getsignal(number)
+    callbacks = [LastCheckpoint(folder=tmp_path, every_steps=100), Signal(number, at_step=2)]
+    with pytest.raises(Interrupted) as stopped:
+        toy_trainer(9, callbacks=callbacks).fit(toy_stage(1), datamodule=ToyData())
+    assert stopped.value.signum == number
+    assert step_of(tmp_path) == 3  # the step that ran when the signal came is in it
+    assert signal.getsignal(number) is previous
+
+
+def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path: Path) -> None:
+    straight = toy_stage(2)
+    toy_trainer(6).fit(straight, datamodule=ToyData())
+    callbacks = [LastCheckpoint(folder=tmp_path, every_steps=100), Signal(signal.SIGINT, 2)]
+    with pytest.raises(Interrupted):
+        toy_trainer(6, callbacks=callbacks).fit(toy_stage(2), datamodule=ToyData())
+    resumed = toy_stage(2)
+    toy_trainer(6).fit(resumed, datamodule=ToyData(), ckpt_path=tmp_path / "last.ckpt")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_an_interval_below_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="every_steps=0"):
+        LastCheckpoint(folder=tmp_path, every_steps=0)

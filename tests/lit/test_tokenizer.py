@@ -1,0 +1,118 @@
+"""What each tokenizer stage moves, which path it decodes, and that it resumes exactly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcar.lit.averaging import AverageWeights
+from dcar.lit.last_checkpoint import LastCheckpoint
+from tests.toys import ToyData, ToyImages, collate, toy_stage, toy_trainer, weights
+
+MOVES = {1: {"encoder", "decoder"}, 2: {"encoder", "quantizer", "decoder"}, 3: {"decoder"}}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_moves_exactly_the_trainable_parts(stage: int) -> None:
+    module = toy_stage(stage)
+    before = weights(module)
+    toy_trainer(2).fit(module, datamodule=ToyData())
+    after = module.state_dict()
+    moved = {k.split(".")[1] for k in after if not torch.equal(after[k], before[k])}
+    assert moved == MOVES[stage]
+
+
+@pytest.mark.parametrize(("stage", "share"), [(1, 0.0), (2, 1.0), (3, 0.5)])
+def test_the_share_of_discrete_images_is_the_stage_s(stage: int, share: float) -> None:
+    module = toy_stage(stage)
+    module._trainer = toy_trainer(1)
+    latents = module.network.encode(torch.rand(64, 3, 16, 16))
+    hits = []
+    for batch_idx in range(200):
+        mixed = module._mix(latents, batch_idx)
+        hits.append((mixed == latents.discrete).flatten(1).all(1).float())
+        either = (mixed == latents.discrete) | (mixed == latents.continuous)
+        assert either.all()
+    assert torch.cat(hits).mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_one_coin_for_the_whole_batch_when_asked() -> None:
+    module = toy_stage(3, per_image=False)
+    module._trainer = toy_trainer(1)
+    latents = module.network.encode(torch.rand(8, 3, 16, 16))
+    shares = set()
+    for batch_idx in range(20):
+        mixed = module._mix(latents, batch_idx)
+        shares.add((mixed == latents.discrete).flatten(1).all(1).float().mean().item())
+    assert shares == {0.0, 1.0}
+
+
+def test_the_discriminator_joins_at_its_step() -> None:
+    module = toy_stage(2, adversarial=True, discriminator_start=2)
+    before = weights(module)
+    toy_trainer(2).fit(module, datamodule=ToyData())
+    names = [name for name in before if name.startswith("discriminator")]
+    assert all(torch.equal(module.state_dict()[name], before[name]) for name in names)
+    module = toy_stage(2, adversarial=True, discriminator_start=2)
+    toy_trainer(3).fit(module, datamodule=ToyData())
+    assert any(not torch.equal(module.state_dict()[name], before[name]) for name in names)
+
+
+def test_the_codebook_starts_from_k_means_of_latents() -> None:
+    module = toy_stage(2, kmeans_vectors=128)
+    toy_trainer(1, callbacks=[]).fit(module, datamodule=ToyData())
+    assert bool(module.network.quantizer.initialized)
+    untouched = toy_stage(2)
+    toy_trainer(1).fit(untouched, datamodule=ToyData())
+    assert not bool(untouched.network.quantizer.initialized)
+
+
+def test_validation_reports_both_paths_and_codebook_usage() -> None:
+    module = toy_stage(3)
+    trainer = toy_trainer(2, limit_val_batches=1.0, val_check_interval=2)
+    trainer.fit(module, datamodule=ToyData())
+    metrics = trainer.callback_metrics
+    for name in ("val/psnr_hybrid", "val/psnr_discrete", "val/lpips_hybrid", "val/ssim_discrete"):
+        assert torch.isfinite(metrics[name]), name
+    ids = torch.cat([module.network.encode(collate([s])["image"]).ids for s in _val()])
+    usage = len(ids.unique()) / module.network.num_codes
+    assert metrics["codebook/val_usage"].item() == pytest.approx(usage)
+
+
+def _val() -> list[dict]:
+    data = ToyImages(8, offset=100)
+    return [data[index] for index in range(8)]
+
+
+def test_a_checkpoint_holds_the_network_and_the_discriminator_alone(tmp_path: Path) -> None:
+    trainer = toy_trainer(1)
+    module = toy_stage(2, adversarial=True)
+    trainer.fit(module, datamodule=ToyData())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"network", "discriminator"}
+    assert saved["dcar"]["module"] == "TokenizerStage2"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stopping_and_resuming_is_bit_equal(stage: int, tmp_path: Path) -> None:
+    """5 straight against 3, mid-epoch, then 2: two optimizers, averages, k-means, revival."""
+
+    def run(steps: int, ckpt: Path | None = None):
+        module = toy_stage(stage, adversarial=True, revival_decay=0.9, kmeans_vectors=64)
+        average = AverageWeights(decay=0.9)
+        last = LastCheckpoint(folder=tmp_path / str(steps), every_steps=100)
+        trainer = toy_trainer(steps, callbacks=[average, last])
+        trainer.fit(module, datamodule=ToyData(count=16), ckpt_path=ckpt)
+        return module, average, trainer
+
+    straight, straight_average, straight_trainer = run(6)
+    run(3)
+    resumed, resumed_average, resumed_trainer = run(6, tmp_path / "3" / "last.ckpt")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    for name, tensor in straight_average.average.state_dict().items():
+        assert torch.equal(tensor, resumed_average.average.state_dict()[name]), name
+    for ours, theirs in zip(straight_trainer.optimizers, resumed_trainer.optimizers, strict=True):
+        for key, state in ours.state_dict()["state"].items():
+            assert torch.equal(state["exp_avg"], theirs.state_dict()["state"][key]["exp_avg"])

@@ -1,0 +1,104 @@
+"""Model folders and checkpoints: exact round trips, and nothing of a stranger's is executed."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcar.models.checkpoints import (
+    CheckpointError,
+    Model,
+    build,
+    build_model,
+    load_model,
+    read_checkpoint,
+    save_model,
+)
+from tests.toys import SIZE, model_config, toy_model
+
+
+class Payload:
+    """Pickles to a call that would create a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_model_folder_gives_back_the_same_weights(tmp_path: Path) -> None:
+    model = toy_model()
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    for part in ("tokenizer", "generator", "text_encoder"):
+        ours, theirs = getattr(model, part).state_dict(), getattr(loaded, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
+    assert loaded.size == SIZE and loaded.sampler == model.sampler
+
+
+def test_a_loaded_model_is_frozen_and_in_evaluation_mode(tmp_path: Path) -> None:
+    save_model(toy_model(), tmp_path)
+    loaded: Model = load_model(tmp_path)
+    assert not any(p.requires_grad for p in loaded.generator.parameters())
+    assert not any(m.training for m in loaded.tokenizer.modules())
+
+
+def test_a_config_that_names_another_class_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"os\.system"):
+        build({"a": [{"_target_": "os.system", "command": f"touch {tmp_path}/x"}]})
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_config_without_a_part_is_refused_by_name() -> None:
+    config = model_config()
+    del config["generator"]
+    with pytest.raises(CheckpointError, match="generator"):
+        build_model(config)
+
+
+def test_a_pickle_payload_is_not_executed(tmp_path: Path) -> None:
+    torch.save({"dcar": Payload(tmp_path / "ran")}, tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    for name in ("a.ckpt", "b.ckpt"):
+        with pytest.raises(CheckpointError, match="refused|damaged"):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000])
+def test_a_truncated_checkpoint_is_called_damaged(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"dcar": {}, "x": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match="damaged|refused"):
+        read_checkpoint(path)
+
+
+def test_a_missing_or_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint at .*a.ckpt"):
+        read_checkpoint(tmp_path / "a.ckpt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "b.ckpt")
+    with pytest.raises(CheckpointError, match="not written by a training run"):
+        read_checkpoint(tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"])
+def test_malformed_safetensors_are_a_typed_error(content: bytes, tmp_path: Path) -> None:
+    save_model(toy_model(), tmp_path)
+    (tmp_path / "generator.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="generator.safetensors"):
+        load_model(tmp_path)
+
+
+def test_weights_of_another_architecture_are_refused_with_their_keys(tmp_path: Path) -> None:
+    save_model(toy_model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["generator"]["transformer"]["depth"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"blocks\.1\..* None here"):
+        load_model(tmp_path)

@@ -1,0 +1,70 @@
+"""Prompt to picture: arguments, seeds, batches, saving."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcar.pipeline import DCARPipeline
+from tests.toys import SIZE, toy_model
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> DCARPipeline:
+    return DCARPipeline(toy_model())
+
+
+def pixels(picture) -> np.ndarray:
+    return np.asarray(picture)
+
+
+def test_one_prompt_gives_one_rgb_picture(pipeline: DCARPipeline) -> None:
+    (picture,) = pipeline("a red apple")
+    assert picture.size == (SIZE, SIZE) and picture.mode == "RGB"
+
+
+def test_an_image_depends_on_its_own_seed_and_prompt_alone(pipeline: DCARPipeline) -> None:
+    alone = pipeline("a cat", seeds=7)[0]
+    together = pipeline(["a dog", "a cat", "a rather long bird"], seeds=[1, 7, 3], batch_size=2)
+    assert np.array_equal(pixels(alone), pixels(together[1]))
+    assert not np.array_equal(pixels(alone), pixels(pipeline("a cat", seeds=8)[0]))
+
+
+def test_other_sizes_are_multiples_of_the_downsampling(pipeline: DCARPipeline) -> None:
+    (picture,) = pipeline("a", height=8, width=24)
+    assert picture.size == (24, 8)
+
+
+def test_a_saved_pipeline_draws_the_same_picture(pipeline: DCARPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    again = DCARPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(pixels(pipeline("a")[0]), pixels(again("a")[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("prompts", {"prompts": []}),
+        ("seeds", {"seeds": [1, 2]}),
+        ("seeds", {"seeds": -1}),
+        ("steps", {"steps": 0}),
+        ("steps", {"steps": -1}),
+        ("guidance", {"guidance": float("nan")}),
+        ("height", {"height": 17}),
+        ("width", {"width": -8}),
+        ("batch_size", {"batch_size": 0}),
+    ],
+)
+def test_a_bad_argument_is_named(pipeline: DCARPipeline, name: str, arguments: dict) -> None:
+    with pytest.raises(ValueError, match=name):
+        pipeline(**{"prompts": "a"} | arguments)
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 10_000, "\x00\x1b[31m\u202e", "é" * 40])
+def test_odd_prompts_still_give_a_picture(pipeline: DCARPipeline, prompt: str) -> None:
+    assert pipeline(prompt)[0].size == (SIZE, SIZE)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="precision='int4'"):
+        DCARPipeline(toy_model(), precision="int4")
