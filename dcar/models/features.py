@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from dcar.models.weights_io import SHIPPED, as_constants, load_constants
+from dcar.models.weights_io import as_constants, load_constants
 
 # (expansion, width, blocks, stride of the first): arXiv 1801.04381, table 2.
 MOBILENET_STAGES = (
@@ -76,7 +76,7 @@ class MobileNetV2Features(nn.Module):
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
         self.layers = mobilenet_layers()
-        load_constants(self, weights or SHIPPED / "mobilenet_v2.safetensors")
+        load_constants(self, "mobilenet_v2", weights)
         self.layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
@@ -108,7 +108,8 @@ class InceptionFeatures(nn.Module):
     """The FID Inception (2015-12-05) of torch-fidelity: (B, 3, S, S) uint8 -> (B, 2048).
 
     Resizes to 299 with TensorFlow 1's bilinear rule, as published FIDs do. Needs the `eval` extra
-    and the weights file at `inception_path()`, and downloads nothing.
+    and the weights file at `inception_path()` (a pickle: take it from its publisher only), and
+    downloads nothing.
     Raises ImportError (what to install) or FileNotFoundError (the file, where it is published).
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dcar.models.weights_io import SHIPPED, load_constants
+from dcar.models.weights_io import load_constants
 
 # Mean and deviation of ImageNet's pixels, for images in [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -87,7 +87,7 @@ class LPIPS(nn.Module):
         self.net, self.dtype = net, dtype
         self.stages = nn.ModuleList(stages())
         self.heads = nn.ParameterList(torch.zeros(width) for width in widths)
-        load_constants(self, weights or SHIPPED / f"lpips_{net}.safetensors")
+        load_constants(self, f"lpips_{net}", weights)
         # Half the bytes and the layout that half-precision convolutions are written for.
         if dtype != torch.float32:
             self.stages.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

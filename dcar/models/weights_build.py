@@ -32,8 +32,10 @@ from dcar.models.weights_io import SHIPPED
 # Smaller tensors stay in fp32: depthwise kernels in half precision moved an FID by 1% (README.md).
 HALF_FROM = 60_000
 
+RECONSTRUCT = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
 NUMPY_NAMES = {
-    ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,  # as numpy 1 wrote it
+    ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }

@@ -19,19 +19,24 @@ def as_constants(module: nn.Module) -> nn.Module:
         for name, tensor in tensors:
             delattr(part, name)
             part.register_buffer(name, tensor.detach(), persistent=False)
+        if isinstance(part, nn.modules.batchnorm._NormBase):
+            part.track_running_stats = (
+                False  # it would add its counter to a state_dict being loaded
+            )
     return module
 
 
-def load_constants(module: nn.Module, path: str | Path) -> None:
+def load_constants(module: nn.Module, name: str, path: str | Path | None = None) -> None:
     """Fill a module from a .safetensors file (strict; half precision is widened), then freeze it.
 
-    Raises FileNotFoundError with the command that makes the file.
+    path: None is the file `name` of dcar/weights. Raises FileNotFoundError, with the command that
+    makes the file, where there is none.
     """
-    path = Path(path)
+    path = Path(path or SHIPPED / f"{name}.safetensors")
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weights at {path}; "
-            f"`python -m dcar.models.weights_build {path.stem} --out {path}` makes them"
+            f"no weights at {path}; `python -m dcar.models.weights_build {name} --out {path}` "
+            "makes them"
         )
     module.load_state_dict(load_file(path))
     as_constants(module)
