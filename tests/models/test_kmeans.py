@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar.models import kmeans as module
-from dcar.models.kmeans import kmeans, nearest_codes, refine
+from dcar.models.kmeans import kmeans, nearest_codes, refine, spread_seeds
 
 
 def planted(clusters: int, per_cluster: int, spread: float) -> tuple[Tensor, Tensor]:
@@ -47,6 +47,12 @@ def test_the_seed_alone_decides_the_result() -> None:
     torch.manual_seed(99)
     assert torch.equal(first, kmeans(vectors, 16, iterations=3, seed=1, spherical=True))
     assert not torch.equal(first, kmeans(vectors, 16, iterations=3, seed=2, spherical=True))
+
+
+def test_seeds_are_distinct_vectors_even_where_distances_round_to_noise() -> None:
+    vectors = 100 + 0.01 * torch.randn(200, 4)
+    seeds = spread_seeds(vectors, 200, torch.Generator().manual_seed(0))
+    assert seeds.unique(dim=0).shape[0] == 200
 
 
 def test_an_empty_cluster_moves_to_the_worst_represented_vector() -> None:

@@ -19,11 +19,11 @@ from dcar.models.tokenizer import Latents
 
 
 class Distance(nn.Module):
-    """A perceptual distance stand-in: mean squared difference per image."""
+    """A toy perceptual distance: mean squared difference per image, as a product of matrices."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        assert first.dtype == second.dtype == torch.float32
-        return (first - second).square().mean((1, 2, 3))
+        difference = (first - second).flatten(1)
+        return (difference @ difference.T).diagonal() / difference.shape[1]
 
 
 def make_latents(codebook_loss: float = 0.5) -> Latents:
@@ -94,6 +94,7 @@ def test_terms_are_fp32_under_autocast() -> None:
         terms = make_criterion()(recon, image, make_latents(), logits)
     assert {term.dtype for term in terms.values()} == {torch.float32}
     torch.testing.assert_close(terms["l1"], (recon.float() - image).abs().mean())
+    torch.testing.assert_close(terms["lpips"], (recon.float() - image).square().mean())
 
 
 @pytest.mark.parametrize(

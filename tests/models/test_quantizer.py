@@ -209,6 +209,16 @@ def test_one_dead_code_moves_onto_a_latent_and_busy_ones_stay() -> None:
     assert (after[3] - vectors).abs().sum(1).min() < 1e-5
 
 
+def test_a_dead_code_tries_another_latent_at_each_step() -> None:
+    quantizer = make_quantizer(num_codes=1, revival_decay=0.99)
+    tried = []
+    for _ in range(5):
+        quantizer.usage_mean.zero_()
+        quantizer(narrow_latents(0))
+        tried.append(quantizer.codebook.detach().clone())
+    assert torch.cat(tried).unique(dim=0).shape[0] == 5
+
+
 def test_evaluation_and_a_switched_off_revival_never_touch_the_codebook() -> None:
     for quantizer in (make_quantizer(revival_decay=0.99).eval(), make_quantizer().train()):
         before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
