@@ -54,7 +54,7 @@ def kmeans(
     """Centres (K, C) of vectors (M, C) in fp32, the same for the same seed.
 
     `spherical` clusters directions: vectors and centres are scaled to length one.
-    Raises ValueError for fewer vectors than codes. Never holds an (M, K) matrix.
+    Raises ValueError for fewer vectors than codes. Never holds an (M, K) matrix; M is at most 2^24.
     """
     if len(vectors) < num_codes:
         raise ValueError(f"k-means needs at least {num_codes} vectors, got {len(vectors)}")
