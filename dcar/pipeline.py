@@ -72,9 +72,12 @@ class DCARPipeline:
             raise ValueError(f"seeds has {len(seeds)} entries for {len(prompts)} prompts")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        changes = {"steps": steps, "guidance": guidance}
-        given = {key: value for key, value in changes.items() if value is not None}
-        settings = replace(self.model.sampler, **given)
+        given = self.model.sampler
+        settings = replace(
+            given,
+            steps=given.steps if steps is None else steps,
+            guidance=given.guidance if guidance is None else guidance,
+        )
         grid = self._grid("height", height), self._grid("width", width)
         options = {"grid": grid, "settings": settings, "on_step": on_step}
         images: list[Image] = []

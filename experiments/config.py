@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class ConfigError(ValueError):
-    """The experiment, a key or a value is wrong: one line that names it and the nearest right one."""
+    """The experiment, a key or a value is wrong: one line that names it and what is near."""
 
 
 def find_checkpoint(reference: str | None, outputs: str) -> str | None:
@@ -103,8 +103,9 @@ def flat_keys(node: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of every key below `node`, groups included."""
     if isinstance(node, DictConfig):
         for key in node:
-            yield f"{prefix}{key}"
-            yield from flat_keys(node._get_node(key), f"{prefix}{key}.")
+            name = f"{prefix}{key!s}"
+            yield name
+            yield from flat_keys(node._get_node(key), f"{name}.")
 
 
 def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str]) -> None:

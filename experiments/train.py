@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.errors import InstantiationException
@@ -61,8 +61,7 @@ def finished(path: Path | None, max_steps: int) -> bool:
 
 
 def build_trainer(config: DictConfig, module: BaseModule, options: RunOptions) -> Trainer:
-    settings = OmegaConf.to_container(config.trainer, resolve=True)
-    assert isinstance(settings, dict)
+    settings = cast(dict[str, Any], OmegaConf.to_container(config.trainer, resolve=True))
     settings["precision"] = resolve_precision(str(settings["precision"]))
     settings["strategy"] = resolve_strategy(settings, alternates=len(module.optimized()) > 1)
     if settings["sync_batchnorm"] == "auto":
@@ -70,9 +69,9 @@ def build_trainer(config: DictConfig, module: BaseModule, options: RunOptions) -
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
     if options.dry_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks)  # type: ignore[arg-type]
+        return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks)
     loggers = [build(node) for node in config.loggers.values()]
-    return Trainer(**settings, callbacks=callbacks, logger=loggers)  # type: ignore[arg-type]
+    return Trainer(**settings, callbacks=callbacks, logger=loggers)
 
 
 def model_config(config: DictConfig) -> dict[str, Any]:

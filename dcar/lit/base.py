@@ -1,7 +1,7 @@
 """What every training module shares: optimizers, steps, logging, weights from another run."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     parameters = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values()
     decayed = [p for p in parameters if p.ndim >= 2]
     plain = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -92,6 +95,15 @@ class BaseModule(LightningModule):
         seed = random.Random(f"{self.seed}/{epoch}/{batch_idx}").getrandbits(63)
         return Draws(seed, self.device, rank=self.global_rank, world=self.trainer.world_size)
 
+    @property
+    def is_dry_run(self) -> bool:
+        """One batch to see that everything fits together: what takes long is left out."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def preview_batches(self) -> Iterator[dict[str, Any]]:
+        """Training batches from the start of the stream; the trainer's own position stays."""
+        return self.trainer.datamodule.preview_batches()  # type: ignore[attr-defined]
+
     def optimize(self, index: int, loss: Tensor, batch_idx: int) -> None:
         """Back-propagate `loss` and, every `accumulate` batches, step optimizer `index`.
 
@@ -135,7 +147,7 @@ class BaseModule(LightningModule):
             )
 
     def load_network(self, path: str | Path, *, expected: tuple[str, ...]) -> dict[str, Tensor]:
-        """Start from the (averaged) network of a checkpoint written by one of the `expected` modules.
+        """Start from the (averaged) network of a checkpoint that one of `expected` modules wrote.
 
         Returns the checkpoint's whole state dict. Raises CheckpointError naming both modules where
         another one wrote it, and the differing keys where the architecture is another.

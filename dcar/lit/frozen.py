@@ -15,7 +15,7 @@ class Frozen:
     """
 
     def __init__(self, module: nn.Module):
-        self.module = module.eval().requires_grad_(False)
+        self.module: Any = module.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> "Frozen":
         self.module.to(device)

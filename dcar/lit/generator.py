@@ -6,7 +6,7 @@ B batch, S image side, C latent channels, H W latent grid, L text length, E text
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +23,7 @@ from dcar.models.checkpoints import (
 )
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
+from dcar.models.residual_head import BaseResidualHead
 from dcar.models.sampler import SamplerSettings, Tokens, sample
 from dcar.models.tokenizer import HybridTokenizer
 
@@ -30,7 +31,7 @@ TOKENIZER_MODULES = ("TokenizerStage2", "TokenizerStage3")
 
 
 class TokenCache:
-    """Ids and residuals of images already tokenised, by sample key, in half precision on the CPU."""
+    """Ids and residuals of images already tokenised, by key, in half precision on the CPU."""
 
     def __init__(self) -> None:
         self.entries: dict[str, tuple[Tensor, Tensor]] = {}
@@ -50,7 +51,7 @@ class TokenCache:
 class MaskedARGenerator(BaseModule):
     """Trains `generator` on tokens of images (B, 3, S, S) in [-1, 1] with captions.
 
-    tokenizer, tokenizer_from: architecture and the checkpoint (stage 2 or 3) of a frozen tokenizer.
+    tokenizer, tokenizer_from: architecture and checkpoint (stage 2 or 3) of a frozen tokenizer.
     text_encoder: trained along where its `trainable` says so, else frozen.
     init_from: another run of this module, at any resolution: positions are computed.
     scale_batches: batches that measure the residual's standard deviation before the first step,
@@ -59,6 +60,8 @@ class MaskedARGenerator(BaseModule):
     val_names: of the validation sets in order; cross-entropy with right and shuffled captions is
         logged for each, gFID for the first, from `fid_images` samples (0 for none).
     """
+
+    network: nn.ModuleDict
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class MaskedARGenerator(BaseModule):
                 f"the transformer predicts {generator.transformer.num_codes} codes, "
                 f"the tokenizer has {tokenizer.num_codes}"
             )
-        parts = {"generator": generator}
+        parts: dict[str, nn.Module] = {"generator": generator}
         if text_encoder.trainable:
             parts["text_encoder"] = text_encoder
         self.network = nn.ModuleDict(parts)
@@ -114,11 +117,11 @@ class MaskedARGenerator(BaseModule):
 
     @property
     def generator(self) -> HybridGenerator:
-        return self.network["generator"]  # type: ignore[return-value]
+        return cast(HybridGenerator, self.network["generator"])
 
     @property
     def text_encoder(self) -> Any:
-        """Captions to text (B, L, E) and mask (B, L): a part of the network, or frozen beside it."""
+        """Captions to text (B, L, E) and mask (B, L): part of the network, or frozen."""
         return self.network["text_encoder"] if self.frozen_text is None else self.frozen_text
 
     def frozen(self) -> list[Any]:
@@ -135,7 +138,7 @@ class MaskedARGenerator(BaseModule):
 
     def on_train_start(self) -> None:
         if self.measures_scale and self.global_step == 0:
-            self._measure_residual_scale()
+            self._measure_residual_scale(1 if self.is_dry_run else self.scale_batches)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds ids (B, H, W) and residual (B, C, H, W) where the shards do not hold them."""
@@ -233,16 +236,16 @@ class MaskedARGenerator(BaseModule):
         return self.tokenizer.decode_tokens(tokens.ids, tokens.residual).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def _measure_residual_scale(self) -> None:
+    def _measure_residual_scale(self, batches: int) -> None:
         """Standard deviation of the residual over some training batches of every rank."""
         total = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for index, batch in enumerate(self.trainer.datamodule.preview_batches()):
-            if index == self.scale_batches:
+        for index, batch in enumerate(self.preview_batches()):
+            if index == batches:
                 break
             batch["image"] = batch["image"].to(self.device)
             residual = self._tokenize(batch)[1].double()
             total += torch.stack([residual.square().sum(), residual.new_tensor(residual.numel())])
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         scale = float((total[0] / total[1]).sqrt())
-        self.generator.residual_head.set_scale(scale)
+        cast(BaseResidualHead, self.generator.residual_head).set_scale(scale)
         rank_zero_info(f"residual head: scale {scale:.4f} from {int(total[1])} values")

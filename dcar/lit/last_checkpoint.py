@@ -21,7 +21,7 @@ class Interrupted(BaseException):
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `folder/last.ckpt` every `every_steps` steps, at the last step and on Ctrl-C or SIGTERM.
+    """Saves `folder/last.ckpt` every `every_steps` steps, at the last one, on Ctrl-C and SIGTERM.
 
     On a signal the step in progress is finished (and validation, if it is running), the checkpoint
     is written and `Interrupted` is raised. A second signal ends the process at once.

@@ -6,9 +6,10 @@ B batch, S image side, C latent channels, H W latent grid, K codebook size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from einops import rearrange
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from dcar.lit.frozen import Frozen
 from dcar.models.checkpoints import load_strictly
 from dcar.models.kmeans import kmeans
 from dcar.models.losses import TokenizerCriterion, hinge_discriminator_loss
-from dcar.models.quantizer import codebook_perplexity, codebook_usage
+from dcar.models.quantizer import VectorQuantizer, codebook_perplexity, codebook_usage
 from dcar.models.tokenizer import HybridTokenizer, Latents
 
 
@@ -45,6 +46,7 @@ class TokenizerModule(BaseModule):
     fid_features: extractor of rFID, or None for a validation without it.
     """
 
+    network: HybridTokenizer
     discrete_prob: float
     trainable: tuple[str, ...]
     starts_from: tuple[str, ...]
@@ -90,8 +92,12 @@ class TokenizerModule(BaseModule):
         return [self.criterion, *self.metrics.values()]
 
     def on_train_start(self) -> None:
-        if self.kmeans_vectors and self.global_step == 0:
-            self._initialize_codebook()
+        quantizer = self.network.quantizer
+        if self.kmeans_vectors and self.global_step == 0 and not self.is_dry_run:
+            if isinstance(quantizer, VectorQuantizer):
+                self._initialize_codebook(quantizer)
+            else:
+                rank_zero_info(f"{type(quantizer).__name__} sets its own codes: no k-means")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         image = batch["image"]
@@ -158,21 +164,23 @@ class TokenizerModule(BaseModule):
         return torch.bincount(ids.flatten(), minlength=self.network.num_codes)  # (K,)
 
     @torch.no_grad()
-    def _initialize_codebook(self) -> None:
+    def _initialize_codebook(self, quantizer: VectorQuantizer) -> None:
         """K-means on latents of all ranks; every rank computes the same codebook."""
-        quantizer = self.network.quantizer
-        vectors: list[Tensor] = []
-        wanted = -(-self.kmeans_vectors // self.trainer.world_size)
-        for batch in self.trainer.datamodule.preview_batches():
+        latents: list[Tensor] = []
+        wanted = self.kmeans_vectors // self.trainer.world_size
+        for batch in self.preview_batches():
             with self.trainer.precision_plugin.forward_context():
                 latent = self.network.encode(batch["image"].to(self.device)).continuous
-            vectors.append(latent.float().flatten(2).transpose(1, 2).reshape(-1, quantizer.dim))
-            if sum(map(len, vectors)) >= wanted:
+            latents.append(latent.float())
+            if sum(latent[:, 0].numel() for latent in latents) >= wanted:
                 break
-        gathered = self.all_gather(torch.cat(vectors)[:wanted]).reshape(-1, quantizer.dim)
-        rank_zero_info(f"codebook: k-means of {len(gathered)} latents to {quantizer.num_codes}")
+        gathered = cast(Tensor, self.all_gather(torch.cat(latents)))
+        ranks = self.trainer.world_size
+        gathered = gathered.view(ranks, -1, *gathered.shape[-3:])  # (ranks, B, C, H, W)
+        vectors = rearrange(gathered, "rank b c h w -> (b rank h w) c")  # as one process sees them
+        rank_zero_info(f"codebook: k-means of {len(vectors)} latents to {quantizer.num_codes}")
         quantizer.initialize(
-            kmeans(gathered, quantizer.num_codes, iterations=20, seed=self.seed, spherical=True)
+            kmeans(vectors, quantizer.num_codes, iterations=20, seed=self.seed, spherical=True)
         )
 
 

@@ -1,4 +1,4 @@
-"""Models on disk: Lightning checkpoints read safely, and model folders of config.json + safetensors.
+"""Models on disk: checkpoints read safely, and model folders of config.json + safetensors.
 
 A config that comes with weights is data from a stranger: it may name only the classes listed here,
 and nothing is ever unpickled beyond tensors and plain containers.
@@ -17,12 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dcar.models.generator import HybridGenerator
+from dcar.models.sampler import SamplerSettings
+from dcar.models.tokenizer import HybridTokenizer
+
 COMPONENTS = (
     "dcar.models.autoencoder.Encoder",
     "dcar.models.autoencoder.Decoder",
     "dcar.models.quantizer.VectorQuantizer",
-    "dcar.models.quantizer.simvq",
-    "dcar.models.quantizer.fsq",
+    "dcar.models.quantizer_adapters.simvq",
+    "dcar.models.quantizer_adapters.fsq",
     "dcar.models.tokenizer.HybridTokenizer",
     "dcar.models.transformer.MaskedTransformer",
     "dcar.models.residual_head.ResidualHead",
@@ -100,10 +104,10 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, source: str
 class Model:
     """All that turns prompts into pictures. config: plain data, one entry a part and `size`."""
 
-    tokenizer: nn.Module
-    generator: nn.Module
+    tokenizer: HybridTokenizer
+    generator: HybridGenerator
     text_encoder: nn.Module
-    sampler: Any
+    sampler: SamplerSettings
     config: dict[str, Any]
 
     @property
