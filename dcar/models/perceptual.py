@@ -14,7 +14,7 @@ from dcar.models.weights_io import load_constants
 # Mean and deviation of ImageNet's pixels, for images in [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-EPSILON = 1e-8  # under the root: features that are all zero have a gradient
+EPSILON = 1e-8  # under the root: features that are all zero stay zero
 MIN_SIDE = {"alex": 31, "vgg": 16}  # the deepest tap keeps one position
 
 

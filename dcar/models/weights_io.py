@@ -20,9 +20,8 @@ def as_constants(module: nn.Module) -> nn.Module:
             delattr(part, name)
             part.register_buffer(name, tensor.detach(), persistent=False)
         if isinstance(part, nn.modules.batchnorm._NormBase):
-            part.track_running_stats = (
-                False  # it would add its counter to a state_dict being loaded
-            )
+            # Else it adds its counter to any state_dict that its owner loads, as an unexpected key.
+            part.track_running_stats = False
     return module
 
 

@@ -123,12 +123,14 @@ def test_the_gradient_is_finite_where_the_images_are_flat_and_equal(lpips: LPIPS
     assert gradient.isfinite().all()
 
 
-def test_features_that_are_all_zero_have_a_finite_gradient(tmp_path: Path) -> None:
+def test_features_that_are_all_zero_count_as_equal(tmp_path: Path) -> None:
     path = tmp_path / "dead.safetensors"
     dead = {k: -v.abs() for k, v in load_file(SHIPPED / "lpips_alex.safetensors").items()}
     save_file(dead, path)
     recon = torch.ones(1, 3, 64, 64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(LPIPS(weights=path)(recon, recon.detach()).sum(), recon)
+    distance = LPIPS(weights=path)(recon, recon.detach())
+    (gradient,) = torch.autograd.grad(distance.sum(), recon)
+    assert distance.item() == 0
     assert gradient.isfinite().all()
 
 
