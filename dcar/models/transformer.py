@@ -75,8 +75,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         query, key, value = self.qkv(hidden).chunk(3, dim=-1)
-        # the norms cover the full width, before the heads are split; autocast returns them in fp32
-        query, key = self.query_norm(query).to(value), self.key_norm(key).to(value)
+        # the norms cover the full width, before the heads are split
+        query, key = self.query_norm(query), self.key_norm(key)
         query, key, value = (
             rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in (query, key, value)
         )

@@ -43,8 +43,8 @@ class SamplerSettings:
     softmax_annealing: bool = True  # divide logits by 0.5 + 0.8 * (fraction of steps left)
     confidence: str = "raw_logit"  # or log_prob (MaskGIT)
     selection: str = "confidence"  # or a fixed halton order, or random: which tokens a step fixes
-    # how many to re-mask: first_row counts once per batch and re-masks ties at the cut-off;
-    # per_row counts for each image and breaks ties
+    # how many to re-mask: first_row counts once per batch and re-masks ties at the cut-off; per_row
+    # counts for each image and breaks ties: take it to edit images differently in one batch
     count_from: str = "first_row"
     null_mask: str = "prompt"  # rows of the null caption seen without text: the prompt's, or all
     residual_refinement: bool = True  # False: discrete tokens alone

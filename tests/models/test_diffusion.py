@@ -97,7 +97,8 @@ def test_temperature_scales_the_fresh_noise() -> None:
     )
     assert torch.allclose(cold, ancestral_step(schedule, noisy, output, step, None, clip=False))
     assert torch.allclose(half, (cold + full) / 2, atol=1e-6)
-    assert not torch.allclose(cold, full)
+    deviation = learned_log_variance(schedule, output[:, 3:], step).exp().sqrt()
+    assert torch.allclose(full - cold, deviation * fresh, atol=1e-6)
 
 
 def test_the_learned_variance_spans_the_posterior_and_beta() -> None:

@@ -9,7 +9,12 @@ from torch import Tensor
 from dcar.models.diffusion import noise_schedule
 from dcar.models.draws import Draws
 from dcar.models.noise import ImageNoise
-from dcar.models.residual_head import BaseResidualHead, FlowResidualHead, ResidualHead
+from dcar.models.residual_head import (
+    BaseResidualHead,
+    FlowResidualHead,
+    ResidualHead,
+    _RowDraws,
+)
 
 HEADS = pytest.mark.parametrize("kind", [ResidualHead, FlowResidualHead])
 
@@ -52,8 +57,13 @@ def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
 
 def test_the_scale_travels_with_the_weights_and_stays_exact_in_half_precision() -> None:
     trained, fresh = build(ResidualHead, scale=0.107), build(ResidualHead, scale=None)
+    unset = {name: part.clone() for name, part in fresh.state_dict().items()}
     fresh.load_state_dict(trained.state_dict())
     assert fresh.loss(*data(), Draws(0)).isfinite()
+    fresh.load_state_dict(unset)
+    with pytest.raises(ValueError, match="scale"):
+        fresh.loss(*data(), Draws(0))
+    fresh.load_state_dict(trained.state_dict())
     halved = fresh.to(torch.bfloat16)
     assert halved.scale.item() == pytest.approx(0.107, abs=1e-7)
     sampled = halved.sample(data()[1], noise=ImageNoise(range(4)))
@@ -129,6 +139,19 @@ def test_a_perfect_diffusion_denoiser_gives_the_target() -> None:
     assert torch.allclose(sampled, target, atol=1e-4)
 
 
+def test_the_denoiser_is_told_the_steps_it_was_trained_with() -> None:
+    told: list[int] = []
+
+    def denoise(noisy: Tensor, time: Tensor) -> Tensor:
+        told.extend(time.tolist())
+        return torch.zeros(6, 6)
+
+    build(ResidualHead)._sample_rows(
+        denoise, lambda count: torch.randn(count, 6, 3), temperature=1.0, clip=None, steps=4
+    )
+    assert told == [999, 666, 333, 0]
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_a_perfect_flow_ends_at_the_target(solver: str, steps: int) -> None:
@@ -189,6 +212,8 @@ def test_a_masked_loss_sees_the_masked_positions_alone(kind: type) -> None:
     mask = everywhere.clone()
     mask[:, ::2] = False
     part = head.loss(residual, hidden, Draws(0), mask=mask)
+    rest = head.loss(residual, hidden, Draws(0), mask=~mask)
+    assert torch.allclose((part + rest) / 2, full)
     residual[:, ::2] += 5
     assert torch.equal(part, head.loss(residual, hidden, Draws(0), mask=mask))
     residual[:, 1::2] += 5
@@ -207,14 +232,19 @@ def test_two_ranks_average_to_the_loss_of_one_process(kind: type) -> None:
 
 
 @HEADS
-def test_each_repeat_of_a_position_has_noise_of_its_own(kind: type) -> None:
+def test_a_loss_of_many_repeats_is_the_mean_of_single_ones(kind: type) -> None:
     residual, hidden = data(1, 1)
     many, one = build(kind, batch_mul=512), build(kind, batch_mul=1)
     one.load_state_dict(many.state_dict())
     singles = torch.stack([one.loss(residual, hidden, Draws(seed)) for seed in range(512)])
     mean = many.loss(residual, hidden, Draws(0))
     assert mean.item() == pytest.approx(singles.mean().item(), abs=6 * singles.std().item() / 16)
-    assert (mean - singles[0]).abs() > 1e-4
+
+
+def test_each_repeat_of_a_position_has_noise_of_its_own() -> None:
+    draws = _RowDraws(Draws(0), batch=2, tokens=3, repeats=4)
+    for drawn in (draws.randn(5), draws.rand()[:, None], draws.randint(10**6)[:, None]):
+        assert len(drawn.unique(dim=0)) == 2 * 3 * 4
 
 
 @HEADS

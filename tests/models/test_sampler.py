@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcar.models.generator import HybridGenerator
-from dcar.models.masking import fixed_per_step
+from dcar.models.masking import fixed_per_step, halton_rank
 from dcar.models.residual_head import FlowResidualHead, ResidualHead
 from dcar.models.sampler import SamplerSettings, Tokens, sample
 from dcar.models.transformer import MaskedTransformer
@@ -228,20 +228,41 @@ def test_halton_selection_fixes_the_same_places_in_every_image() -> None:
     places = []
     options = replace(OFFICIAL, selection="halton", steps=4)
     draw(GENERATOR, settings=options, on_step=lambda step, ids, fixed: places.append(fixed))
-    assert all(torch.equal(fixed[0], fixed[1]) for fixed in places)
+    rank, done = halton_rank(3, 4).view(3, 4), 0
+    for fixed, count in zip(places, fixed_per_step(12, 4), strict=True):
+        expected = (rank >= done) & (rank < done + count)
+        assert torch.equal(fixed, expected.expand(3, 3, 4))
+        done += count
+
+
+def test_which_tokens_are_fixed_first_does_not_follow_from_their_ids() -> None:
+    generator, first = build(), []
+    torch.nn.init.zeros_(generator.transformer.output.weight)  # every id alike: noise decides
+
+    def keep_first(step: int, ids: Tensor, newly_fixed: Tensor) -> None:
+        if step == 0:
+            first.append(ids[newly_fixed].float())
+
+    draw(generator, grid=(16, 16), on_step=keep_first)
+    assert first[0].mean().item() == pytest.approx((CODES - 1) / 2, abs=2)
 
 
 @pytest.mark.parametrize("count_from", ["first_row", "per_row"])
 def test_editing_leaves_given_tokens_and_their_residuals(count_from: str) -> None:
-    keep = torch.rand(3, 3, 4) < torch.tensor([0.9, 0.5, 0.1])[:, None, None]
+    keep = torch.rand(3, 3, 4) < torch.tensor([0.1, 0.5, 0.9])[:, None, None]
     given_ids = torch.randint(CODES, (3, 3, 4))
     given_residual = torch.randn(3, CHANNELS, 3, 4)
+    fixed: list[Tensor] = []
     tokens = draw(
         GENERATOR,
-        settings=replace(OFFICIAL, count_from=count_from),
+        settings=replace(OFFICIAL, count_from=count_from, steps=4),
         initial_ids=given_ids.masked_fill(~keep, CODES),
         initial_residual=given_residual,
+        on_step=lambda step, ids, newly_fixed: fixed.append(newly_fixed.flatten(1).sum(1)),
     )
+    per_step, missing = torch.stack(fixed), (~keep).flatten(1).sum(1)
+    assert torch.equal(per_step.sum(0), missing)
+    assert torch.equal((per_step > 0).sum(0), missing.clamp(max=4))  # each step fixes something
     assert torch.equal(tokens.ids[keep], given_ids[keep])
     assert bool((tokens.ids < CODES).all())
     assert tokens.residual is not None

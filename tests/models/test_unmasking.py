@@ -84,6 +84,8 @@ def test_temperature_zero_is_greedy_image_by_image() -> None:
     logits = torch.randn(2, 50, 9)
     ids = sample_ids(logits, torch.tensor([[0.0], [5.0]]), torch.rand(2, 50))
     assert torch.equal(ids[0], logits[0].argmax(1))
+    tied = sample_ids(torch.zeros(1, 50, 9), torch.zeros(1, 1), torch.rand(1, 50))
+    assert not tied.any()
     assert not torch.equal(ids[1], logits[1].argmax(1))
 
 
