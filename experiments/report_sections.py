@@ -9,16 +9,22 @@ from typing import Any
 from dcar.evaluation import report_page as html
 from dcar.evaluation.charts import DARK, LIGHT, usage_png
 from dcar.evaluation.report_page import Html, number
-from experiments.report_panels import PATHS, Panels, curves, fid_features_of
+from experiments.report_panels import Panels, curves, fid_features_of
 from experiments.report_pictures import COLUMN_NAMES, Pictures, Sample
-from experiments.report_summary import introduction, summary
+from experiments.report_summary import both_paths, introduction, summary
 
 SPLIT_NOTES = {
-    "train": "Training captions: the model has learnt from these very pictures.",
-    "val": "Validation captions: pictures kept out of training, where the same subject may occur "
-    "in another style that looks nearly the same.",
-    "heldout": "Held-out captions: this subject and this style were never seen together, each was "
-    "seen with others, and no training picture is a near copy. This is the test of composition.",
+    "train": ("Training captions", "The model has learnt from these very pictures."),
+    "val": (
+        "Validation captions",
+        "Pictures kept out of training. The same subject was seen in another style, sometimes as a "
+        "drawing that looks nearly the same.",
+    ),
+    "heldout": (
+        "Held-out captions",
+        "This subject and this style were never seen together, only each with others, and no "
+        "training picture is a near copy: the test of composition.",
+    ),
 }
 
 
@@ -74,7 +80,8 @@ def samples(figures: Mapping[str, Any], groups: Mapping[str, Sequence[Sample]]) 
             )
             for sample in group
         ]
-        content.append(html.element("h3", SPLIT_NOTES.get(split, f"Captions of {split}.")))
+        title, note = SPLIT_NOTES.get(split, (f"Captions of {split}", ""))
+        content += [html.element("h3", title), html.element("p", note, css="note")]
         content.append(html.tiles(pairs, width=13))
     return html.section(
         "From a caption to a picture",
@@ -103,42 +110,33 @@ def unmasking(pictures: Pictures) -> Html:
 def stages(figures: Mapping[str, Any]) -> Html:
     runs = {name: run["figures"] for name, run in figures["runs"].items()}
     kept = {name: found for name, found in runs.items() if "psnr_hybrid" in found}
-    features = fid_features_of(next(iter(kept.values())), "rfid_")
+    features = fid_features_of(figures["tokenizer"], "rfid_")
     names = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS", 3)}
-    names |= {f"rfid_{features}": ("rFID", 2)} if features else {}
-    rows = [
-        [
-            f"{label}, {path}{suffix}",
-            *(number(found.get(f"{prefix}{name}_{path}"), digits) for found in kept.values()),
-        ]
-        for prefix, suffix in prefixes(figures["splits"])
-        for name, (label, digits) in names.items()
-        for path in PATHS
-    ]
-    rows += [
-        [
-            f"codebook in use, %{suffix}",
-            *(number(percent(found.get(f"{prefix}codebook_usage")), 1) for found in kept.values()),
-        ]
-        for prefix, suffix in prefixes(figures["splits"])
-    ]
+    names |= {f"rfid_{features}": (f"rFID ({features})", 2)} if features else {}
+    rows = []
+    for prefix, split in prefixes(figures["splits"]):
+        for name, (label, digits) in names.items():
+            cells = [both_paths(found, f"{prefix}{name}", digits) for found in kept.values()]
+            rows.append([f"{label}, {split}", *cells])
+        usage = [percent(found.get(f"{prefix}codebook_usage")) for found in kept.values()]
+        rows.append([f"codebook in use, {split}", *usage])
     return html.section(
         "What each tokenizer stage does",
-        "Stage 1 trains without the codebook, so its discrete path is noise by design. Stage 2 "
-        "trains everything through the codes. Stage 3 freezes encoder and codes and teaches the "
-        "decoder to read both paths. PSNR and SSIM: higher is better; LPIPS and rFID: lower is "
-        "better.",
+        "Pairs are hybrid | discrete. Stage 1 trains without the codebook, so its discrete path "
+        "means nothing yet. Stage 2 trains everything through the codes. Stage 3 freezes encoder "
+        "and codes and teaches the decoder to read both paths. PSNR and SSIM: higher is better; "
+        "LPIPS and rFID: lower is better.",
         html.table(["after", *kept], rows),
     )
 
 
 def prefixes(splits: Sequence[str]) -> list[tuple[str, str]]:
-    """How a split's figures are named, and what a reader sees of that."""
-    return [("" if split == splits[0] else f"{split}_", f" ({split})") for split in splits]
+    """How the figures of each split are prefixed, and its name."""
+    return [("" if split == splits[0] else f"{split}_", split) for split in splits]
 
 
-def percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{number(100 * share, 1)} %"
 
 
 def codebook(figures: Mapping[str, Any], counts: Sequence[int]) -> Html:
