@@ -30,9 +30,7 @@ class Sample:
 def decode(raw: Raw, transform: ImageTransform, *, captioned: bool) -> Sample:
     """Raises BadSample with one of a few fixed reasons. `captioned`: whether words are required."""
     caption = read_caption(raw, required=captioned)
-    image = next((raw[kind] for kind in IMAGE_TYPES if kind in raw), None)
-    if not isinstance(image, bytes):
-        raise BadSample("no image")
+    image = image_bytes(raw)
     try:
         pixels = transform.read(image)
     except (ImageTooLarge, Image.DecompressionBombError) as error:
@@ -40,6 +38,14 @@ def decode(raw: Raw, transform: ImageTransform, *, captioned: bool) -> Sample:
     except Exception as error:  # a hostile file may raise anything inside a decoder
         raise BadSample("broken image") from error
     return Sample(str(raw["__key__"]), caption, pixels)
+
+
+def image_bytes(raw: Raw) -> bytes:
+    """The picture file of a sample."""
+    image = next((raw[kind] for kind in IMAGE_TYPES if kind in raw), None)
+    if not isinstance(image, bytes):
+        raise BadSample("no image")
+    return image
 
 
 def read_caption(raw: Raw, *, required: bool) -> str:
@@ -76,9 +82,8 @@ def find(
         for raw in read_shard(path):
             key = str(raw["__key__"])
             if key in wanted and key not in found:
-                image = next(raw[kind] for kind in IMAGE_TYPES if kind in raw)
-                assert isinstance(image, bytes)
-                found[key] = (read_image(image), read_caption(raw, required=False))
+                picture = read_image(image_bytes(raw))
+                found[key] = (picture, read_caption(raw, required=False))
     if missing := [key for key in wanted if key not in found]:
         raise KeyError(f"no sample {missing} in {urls}")
     return {key: found[key] for key in wanted}

@@ -192,7 +192,8 @@ def read_shard(path: str | Path) -> Iterator[Raw]:
             for sample in group_by_keys(files):
                 yield {kind: data for kind, data in sample.items() if kind != "__url__"}
         except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-            raise DataError(f"{path}: {type(error).__name__}: {error.args[0]}") from error
+            reason = next(iter(error.args), "")
+            raise DataError(f"{path}: {type(error).__name__}: {reason}") from error
 
 
 def _is_known(name: str) -> bool:

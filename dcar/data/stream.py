@@ -208,7 +208,7 @@ class ShardStream(IterableDataset):
         return self.transform.finish(sample.pixels, rng)  # (3, S, S)
 
     def count(self, batch: Batch) -> Batch:
-        """Take `bad` and `slots` out of a batch. Raises DataError once more than `max_bad` is bad."""
+        """Take `bad` and `slots` out of a batch. Raises DataError above `max_bad` of bad."""
         self.skipped.update(batch.pop("bad"))
         self.seen += batch.pop("slots")
         lost = sum(self.skipped.values())

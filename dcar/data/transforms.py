@@ -77,7 +77,7 @@ def resize_adm(image: Image.Image, size: int) -> Image.Image:
 
 def to_unit_range(pixels: np.ndarray) -> Tensor:
     """uint8 (S, S, 3) -> float32 (3, S, S) in [-1, 1]."""
-    channels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, S, S)
+    channels = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, S, S)
     return channels.to(torch.float32).mul_(2 / 255).sub_(1)
 
 
