@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -28,6 +29,13 @@ def find_checkpoint(reference: str | None, outputs: str) -> str | None:
     return str(Path(outputs) / reference / "checkpoints" / "last.ckpt")
 
 
+def quick_dtype() -> str:
+    """bfloat16 on a GPU and on a CPU that has instructions for it, else float32."""
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if on_cpu or torch.cuda.is_available() else "float32"
+
+
+OmegaConf.register_new_resolver("quick_dtype", lambda: f"torch.{quick_dtype()}", replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 OmegaConf.register_new_resolver("find_checkpoint", find_checkpoint, replace=True)
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dcar.lit.base import BaseModule
 from dcar.lit.generator import MaskedARGenerator
 from dcar.models.checkpoints import PARTS, CheckpointError, read_checkpoint, save_model
-from experiments.config import ConfigError
+from experiments.config import ConfigError, quick_dtype
 from experiments.run import RunOptions
 from experiments.strategy import device_count, resolve_strategy
 
@@ -40,8 +40,7 @@ def resolve_precision(precision: str) -> str:
         return precision
     if torch.cuda.is_available():
         return "16-mixed"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if has_bf16 else "32-true"
+    return "bf16-mixed" if quick_dtype() == "bfloat16" else "32-true"
 
 
 def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:

@@ -1,31 +1,38 @@
-"""Two kinds of loaders from config: one that trains, several named ones that validate."""
+"""Loaders from config: one stream that trains, several named ones that validate."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning import LightningDataModule
 
-from dcar.data.stream import ShardLoader
+from dcar.data.stream import ShardLoader, ShardStream
 
 
 class ShardDataModule(LightningDataModule):
-    """Wraps partials of `ShardLoader`: `train`, and `val` as a mapping from name to partial.
+    """Wraps partials of `ShardStream`: `train`, and `val` as a mapping from name to partial.
 
-    The names are those that validation metrics are logged under, in this order.
+    The names are those that validation metrics are logged under, in this order. Each loader gets a
+    stream of its own. num_workers: processes that read and decode, for each loader; 0 reads in the
+    training process.
     """
 
     def __init__(
-        self, *, train: Callable[[], ShardLoader], val: Mapping[str, Callable[[], ShardLoader]]
+        self,
+        *,
+        train: Callable[[], ShardStream],
+        val: Mapping[str, Callable[[], ShardStream]],
+        num_workers: int = 0,
     ):
         super().__init__()
-        self.train_partial, self.val_partials = train, dict(val)
+        self.train_stream, self.val_streams, self.num_workers = train, dict(val), num_workers
 
     def train_dataloader(self) -> ShardLoader:
-        return self.train_partial()
+        return ShardLoader(self.train_stream(), num_workers=self.num_workers)
 
     def val_dataloader(self) -> list[ShardLoader]:
-        return [partial() for partial in self.val_partials.values()]
+        streams = [partial() for partial in self.val_streams.values()]
+        return [ShardLoader(stream, num_workers=self.num_workers) for stream in streams]
 
     def preview_batches(self) -> Iterator[dict[str, Any]]:
         """Training batches from the start of the stream, without moving the trainer's own."""
-        return iter(self.train_partial())
+        return iter(ShardLoader(self.train_stream()))

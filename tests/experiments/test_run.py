@@ -19,7 +19,7 @@ from tests.toys import ROOT
         (["--exp=quickstart/stage3", "outputs=nowhere"], 2, "no checkpoint at nowhere"),
         (["--exp=smoke/stage1", "module.gradient_clip=a"], 2, "expected number"),
         (["--exp=smoke/stage1", "+module.colour=a"], 2, "colour"),
-        (["--exp=smoke/stage1", "data.train.shards=nowhere/*.tar", "outputs=no"], 3, "nowhere"),
+        (["--exp=smoke/stage1", "data.train.urls=nowhere/*.tar", "outputs=no"], 3, "nowhere"),
         (["--exp=sample", "ckpt=nowhere", "prompt=x"], 2, "ckpt=nowhere"),
     ],
 )
