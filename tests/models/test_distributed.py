@@ -6,8 +6,12 @@ import torch.distributed as dist
 
 from dcar.models.distributed import mean_over_ranks
 
+# forking is quick, but autograd refuses to run in a fork once it has started threads for a GPU
+START = "spawn" if torch.cuda.is_available() else "fork"
+
 
 def mean_on_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     value = torch.tensor([1.0, 10.0]) * (rank + 1)
     torch.save((mean_over_ranks(value), value), folder / f"{rank}.pt")
@@ -15,7 +19,7 @@ def mean_on_rank(rank: int, folder: Path) -> None:
 
 
 def test_ranks_agree_on_the_mean_and_keep_their_own_value(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(START)
     ranks = [context.Process(target=mean_on_rank, args=(rank, tmp_path)) for rank in range(2)]
     for process in ranks:
         process.start()

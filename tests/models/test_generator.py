@@ -13,6 +13,8 @@ from dcar.models.generator import HybridGenerator
 from dcar.models.residual_head import ResidualHead
 from dcar.models.transformer import MaskedTransformer
 
+# forking is quick, but autograd refuses to run in a fork once it has started threads for a GPU
+START = "spawn" if torch.cuda.is_available() else "fork"
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -145,6 +147,7 @@ def gradients(generator: HybridGenerator, inputs: Inputs, draws: Draws) -> list[
 
 
 def gradients_on_rank(rank: int, folder: Path, generator: HybridGenerator, inputs: Inputs) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     ids, residual, text, text_mask = (part[rank::2] for part in inputs)
     own = gradients(generator, (ids, residual, text, text_mask), Draws(11, rank=rank, world=2))
@@ -158,7 +161,7 @@ def test_gradients_of_two_ranks_average_to_those_of_one_process(
 ) -> None:
     generator, inputs = build(residual_positions=positions, caption_drop=0.5), data()
     whole = gradients(generator, inputs, Draws(11))  # masks of 12 and 19 tokens
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(START)
     ranks = [
         context.Process(target=gradients_on_rank, args=(rank, tmp_path, generator, inputs))
         for rank in range(2)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcar.models.transformer import Block, MaskedTransformer, position_codes
+from dcar.models.transformer import Block, MaskedTransformer, attend, position_codes
 
 
 def tiny(**changes: Any) -> MaskedTransformer:
@@ -96,17 +96,17 @@ def reference_block(block: Block, hidden: Tensor, keys: Tensor, values: Tensor) 
         centred = rows - rows.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def one_head(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
         return weights @ value
 
     own = block.attention
     query, key, value = own.qkv(norm(hidden)).split(8, dim=-1)
     query, key = own.query_norm(query), own.key_norm(key)
-    heads = [attend(*(part[..., cut] for part in (query, key, value))) for cut in HEADS]
+    heads = [one_head(*(part[..., cut] for part in (query, key, value))) for cut in HEADS]
     hidden = hidden + own.output(torch.cat(heads, -1))
     query = block.cross_attention.query(hidden)
-    heads = [attend(query[..., cut], keys[:, i], values[:, i]) for i, cut in enumerate(HEADS)]
+    heads = [one_head(query[..., cut], keys[:, i], values[:, i]) for i, cut in enumerate(HEADS)]
     hidden = hidden + block.cross_attention.output(torch.cat(heads, -1))
     inner = block.mlp.inner(norm(hidden))
     cubic = math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)
@@ -155,6 +155,18 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
         model(*arguments).logits.square().sum().backward()
         grads.append([weight.grad.clone() for weight in model.parameters()])
     assert all(torch.allclose(one, two) for one, two in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_both_forms_of_attention_agree(is_masked: bool) -> None:
+    query, key, value = (torch.randn(2, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.tensor([[True] * 5, [True] + [False] * 4])[:, None, None] if is_masked else None
+    with torch.no_grad():
+        fused = attend(query, key, value, mask)
+    written_out = attend(query, key, value, mask)
+    assert torch.allclose(fused, written_out, atol=0.03)
+    exact = attend(query.float(), key.float(), value.float(), mask)
+    assert torch.allclose(written_out.float(), exact, atol=0.03)
 
 
 def test_attention_runs_in_the_type_of_autocast() -> None:
