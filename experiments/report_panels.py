@@ -18,29 +18,31 @@ def panels_of(
 ) -> Panels:
     """The curves worth a look, of those that were logged."""
     features = fid_features_of(tokenizers[-1].figures(splits), "rfid_")
-    psnr = {f"{split}/psnr_{path}": f"{path}, {split}" for split in splits for path in PATHS}
-    rfid = {
-        f"{split}/rfid_{features}_{path}": f"{path}, {split}" for split in splits for path in PATHS
-    }
-    right = {f"{split}/token": f"right captions, {split}" for split in splits}
-    wrong = {f"{split}/token_shuffled": f"shuffled captions, {split}" for split in splits}
-    tokens = {
-        key: label for pair in zip(right.items(), wrong.items(), strict=True) for key, label in pair
-    }
+    paths = {f"psnr_{path}": path for path in PATHS}
+    rfid = {f"rfid_{features}_{path}": path for path in PATHS}
+    captions = {"token": "right captions", "token_shuffled": "shuffled captions"}
+    usage = {f"codebook/{split}_usage": split for split in splits}
     of_tokenizer = [
         Panel("Training losses", LOWER, {"train/l1": "L1", "train/lpips": "LPIPS"}),
-        Panel("PSNR of reconstructions", f"dB, {HIGHER}", psnr),
-        Panel(f"rFID of reconstructions ({features})", LOWER, rfid),
-        Panel("Codes in use", "share", {f"codebook/{split}_usage": split for split in splits}),
+        per_split("PSNR of reconstructions", f"dB, {HIGHER}", paths, splits),
+        per_split(f"rFID of reconstructions ({features})", LOWER, rfid, splits),
+        Panel("Codes in use", "share of the codebook", usage),
     ]
     of_generator = [
         Panel("Training cross-entropy", f"nats, {LOWER}", {"train/token": "tokens"}),
         Panel("Training loss of the residual head", LOWER, {"train/residual": "residual"}),
-        Panel("Validation cross-entropy", f"nats, {LOWER}", tokens),
+        per_split("Validation cross-entropy", f"nats, {LOWER}", captions, splits),
     ]
     both = [(panel, tokenizers) for panel in of_tokenizer]
     both += [(panel, generators) for panel in of_generator]
     return [(panel, runs) for panel, runs in both if panel.has_data(runs)]
+
+
+def per_split(title: str, unit: str, names: Mapping[str, str], splits: Sequence[str]) -> Panel:
+    """A colour a name; dashed for every split but the first."""
+    tags = {f"{split}/{name}": f"{names[name]}, {split}" for split in splits for name in names}
+    dashed = [tag for tag in tags if not tag.startswith(f"{splits[0]}/")]
+    return Panel(title, unit, tags, frozenset(dashed))
 
 
 def fid_features_of(figures: Mapping[str, Any], prefix: str) -> str:

@@ -66,8 +66,9 @@ class HybridGenerator(nn.Module):
 
         ids (B, H, W) int64; residual (B, C, H, W) = continuous - discrete latents; text (B, L, E);
         text_mask (B, L) bool, True = a real token. `caption_drop` None means the constructor's:
-        pass 0 to evaluate. `accuracy` is over masked tokens. All means are over the batches of all
-        ranks: averaged gradients equal those of one process with the whole batch.
+        pass 0 to evaluate. `accuracy` is over masked tokens. In training mode all means are over the
+        batches of all ranks, so that averaged gradients equal those of one process with the whole
+        batch; in evaluation mode nothing waits for another rank.
         """
         mask = self._draw_mask(ids, draws)  # (B, N)
         drop = self.caption_drop if caption_drop is None else caption_drop
@@ -102,7 +103,8 @@ class HybridGenerator(nn.Module):
             unmasked_weight=self.unmasked_weight,
         )
         correct = ((logits.detach().argmax(2) == ids) & mask).sum()
-        weight, masked = mean_over_ranks(torch.stack([weight.float(), mask.sum().float()]))
+        sums = torch.stack([weight.float(), mask.sum().float()])
+        weight, masked = mean_over_ranks(sums) if self.training else sums
         return {"token": total / weight, "accuracy": correct / masked}
 
     def _residual_term(

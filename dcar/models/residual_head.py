@@ -122,7 +122,9 @@ class BaseResidualHead(nn.Module, ABC):
         losses = rearrange(losses, "(b k n) -> b k n", b=batch, n=tokens).mean(1)  # (B, N)
         if mask is None:
             return losses.mean()
-        return (losses * mask).sum() / mean_over_ranks(mask.sum().float()).clamp(min=1)
+        count = mask.sum().float()
+        count = mean_over_ranks(count) if self.training else count
+        return (losses * mask).sum() / count.clamp(min=1)
 
     @torch.no_grad()
     def sample(
