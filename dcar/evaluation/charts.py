@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ class Panel:
     title: str
     unit: str
     tags: Mapping[str, str]
-    dashed: frozenset[str] = field(default_factory=frozenset)  # names of a second kind
+    dashed: frozenset[str] = frozenset()  # those that repeat the colours of the solid ones
 
     def has_data(self, runs: Iterable[RunRecord]) -> bool:
         return any(tag in run.curves for run in runs for tag in self.tags)
@@ -57,12 +57,12 @@ def smooth(values: Sequence[float], weight: float = SMOOTHING) -> np.ndarray:
 def draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunRecord], theme: Theme) -> None:
     """The runs one after another along the steps, with a line between them."""
     dress(axes, theme, title=panel.title, x_label="optimizer steps", y_label=panel.unit)
-    start = 0
+    start, colors = 0, max(len(panel.tags) - len(panel.dashed), 1)
     for run in runs:
         for index, (tag, label) in enumerate(panel.tags.items()):
             if tag in run.curves:
                 style = "--" if tag in panel.dashed else "-"
-                color = theme.lines[index % len(theme.lines)]
+                color = theme.lines[index % colors % len(theme.lines)]
                 _draw_curve(axes, run.curves[tag], start, label, color, style)
         _name_run(axes, run.name, start, theme)
         start += run.steps
@@ -137,13 +137,14 @@ def usage_png(counts: Sequence[int], theme: Theme) -> bytes:
     dress(axes, theme, title=title, x_label="codes, sorted", y_label="uses (log scale)")
     ordered = np.sort(np.asarray(counts))[::-1]
     used = int((ordered > 0).sum())
-    axes.fill_between(np.arange(used), 0.5, ordered[:used], step="post", color=theme.lines[0])
+    axes.stairs(ordered[:used], range(used + 1), baseline=0.5, fill=True, color=theme.lines[0])
     if used < len(ordered):
         axes.axvspan(
             used, len(ordered), color=theme.rule, label=f"{len(ordered) - used} never used"
         )
         axes.legend(fontsize=8, frameon=False, labelcolor=theme.ink, loc="upper right")
     axes.set_yscale("log")
+    axes.minorticks_off()
     axes.set_xlim(0, len(ordered))
     axes.set_ylim(bottom=0.5)
     return to_png(figure)

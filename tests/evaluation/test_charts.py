@@ -85,3 +85,14 @@ def test_the_order_of_the_codes_does_not_matter() -> None:
     assert not np.array_equal(
         opened(usage_png([9, 1, 4, 0], LIGHT)), opened(usage_png([9, 1, 4, 2], LIGHT))
     )
+
+
+def test_a_dashed_curve_has_the_colour_of_its_solid_one() -> None:
+    names = {"val/a": "a", "val/b": "b", "heldout/a": "a'", "heldout/b": "b'"}
+    panel = Panel("Both", "", names, frozenset({"heldout/a", "heldout/b"}))
+    curve, axes = Curve([1, 9], [2.0, 1.0]), Figure().add_subplot()
+    draw_panel(axes, panel, [RunRecord("a", {"steps": 9}, {}, dict.fromkeys(names, curve))], LIGHT)
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    colors = {name: line.get_color() for name, line in lines.items()}
+    assert colors["a"] == colors["a'"] != colors["b"] == colors["b'"]
+    assert [lines[name].get_linestyle() for name in ("a", "a'")] == ["-", "--"]
