@@ -56,9 +56,9 @@ def reconstruction(figures: Mapping[str, Any], pictures: Pictures) -> Html:
     return html.section(
         "Through the tokenizer and back",
         f"Pictures of {main}, which the tokenizer never trained on. Discrete: decoded from codes "
-        "alone. Hybrid: codes plus the continuous residual that they leave out, which is why it is "
-        "sharper. Error x4: what the hybrid path still gets wrong, four times enlarged (black is "
-        "perfect).",
+        "alone. Hybrid: codes plus the continuous residual that they leave out, so it should lie "
+        "closer to the input. Error x4: what the hybrid path still gets wrong, four times enlarged "
+        "(black is perfect).",
         html.tiles(rows, width=26),
     )
 
@@ -86,8 +86,9 @@ def samples(figures: Mapping[str, Any], groups: Mapping[str, Sequence[Sample]]) 
     return html.section(
         "From a caption to a picture",
         "In each pair the real picture of the caption is left, and what the model drew from the "
-        f"caption alone is right. Nothing was picked by hand: captions are spaced evenly through "
-        f"each set, seeds are 0 to {total - 1} in order. Sampler: {settings}.",
+        "caption alone is right. Nothing was picked by hand: the first pictures that training "
+        "reads, others spaced evenly through their set, and seeds 0 to "
+        f"{total - 1} in order. Sampler: {settings}.",
         *content,
     )
 
@@ -115,6 +116,8 @@ def stages(figures: Mapping[str, Any]) -> Html:
     names |= {f"rfid_{features}": (f"rFID ({features})", 2)} if features else {}
     rows = []
     for prefix, split in prefixes(figures["splits"]):
+        if f"{prefix}psnr_hybrid" not in figures["tokenizer"]:  # not all splits validate it
+            continue
         for name, (label, digits) in names.items():
             cells = [both_paths(found, f"{prefix}{name}", digits) for found in kept.values()]
             rows.append([f"{label}, {split}", *cells])

@@ -18,7 +18,7 @@ def introduction(figures: Mapping[str, Any]) -> Html:
     return html.element(
         "p",
         f"{len(figures['runs'])} trainings ran one after another on this machine, "
-        f"{number(minutes, 0)} minutes in all. First a tokenizer learnt to "
+        f"{number(minutes, 0 if minutes >= 10 else 1)} minutes in all. First a tokenizer learnt to "
         f"turn {model['size']} px pictures into {grid} x {grid} codes out of "
         f"{model['num_codes']:,} plus a continuous residual, and back. Then a generator learnt to "
         "predict codes and residual from a caption. These are toy sizes, trained for minutes on "

@@ -13,7 +13,7 @@ def figures() -> dict[str, Any]:
         return {"steps": 40, "figures": {"psnr_hybrid": hybrid, "heldout_psnr_hybrid": hybrid - 1}}
 
     return {
-        "tokenizer": {"psnr_hybrid": 31.0},
+        "tokenizer": {"psnr_hybrid": 31.0, "heldout_psnr_hybrid": 30.0},
         "runs": {
             "stage1": stage(30.0),
             "stage2": stage(31.0),
@@ -41,6 +41,11 @@ def test_stages_stand_side_by_side_without_the_generators(figures) -> None:
     assert cells(markup, "after") == ["stage1", "stage2"]
     assert cells(markup, "PSNR, dB, val") == ["30.00 | –", "31.00 | –"]
     assert cells(markup, "PSNR, dB, heldout") == ["29.00 | –", "30.00 | –"]
+
+
+def test_a_split_that_the_tokenizer_is_not_validated_on_has_no_rows(figures) -> None:
+    del figures["tokenizer"]["heldout_psnr_hybrid"]
+    assert "heldout" not in stages(figures) and "PSNR, dB, val" in stages(figures)
 
 
 def test_every_run_has_a_row_and_unknown_figures_a_dash(figures) -> None:
