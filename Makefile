@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OUTPUTS ?= outputs
 STAMP := $(VENV)/.installed
 
 .PHONY: help install quickstart test test-fast lint tensorboard embedded-data clean
@@ -18,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## make .venv and install the project with pinned versions
 
 quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
-	$(BIN)/python -m experiments.run --exp=quickstart
+	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
 
 test: $(STAMP)  ## every test, the slow ones too
 	$(BIN)/python -m pytest
@@ -32,7 +33,7 @@ lint: $(STAMP)  ## format check, lint, types
 	$(BIN)/mypy
 
 tensorboard: $(STAMP)  ## curves and pictures of every run, on http://localhost:6006
-	$(BIN)/tensorboard --logdir outputs
+	$(BIN)/tensorboard --logdir $(OUTPUTS)
 
 embedded-data: $(STAMP)  ## rebuild assets/emoji from the packages it is made of, byte for byte
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[emoji]"

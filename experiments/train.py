@@ -98,6 +98,8 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    if module.validated_step != trainer.global_step and not options.dry_run:
+        trainer.validate(module, datamodule=datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not options.dry_run and trainer.is_global_zero:
         write_facts(trainer, module, metrics, config)

@@ -72,6 +72,7 @@ class BaseModule(LightningModule):
         self.optimizer_partial, self.schedule_partial = optimizer, schedule
         self.gradient_clip, self.accumulate, self.seed = gradient_clip, accumulate, seed
         self.plain_config: dict[str, Any] = {}  # set by the experiment, saved with the weights
+        self.validated_step = -1
 
     def optimized(self) -> list[list[nn.Module]]:
         """One list of modules per optimizer; the first is the network's."""
@@ -84,6 +85,9 @@ class BaseModule(LightningModule):
     def setup(self, stage: str) -> None:
         for module in self.frozen():
             module.to(self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        self.validated_step = self.global_step
 
     def configure_optimizers(self) -> Any:
         optimizers = [self.optimizer_partial(parameter_groups(part)) for part in self.optimized()]

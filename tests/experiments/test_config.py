@@ -1,8 +1,6 @@
 """Composing experiments: every file composes and builds; what is wrong is named in one line."""
 
 import pytest
-import torch
-from omegaconf import OmegaConf
 
 from experiments.config import (
     CONFIGS,

@@ -1,4 +1,4 @@
-"""Every YAML: it composes, its parts build (full sizes on the meta device), sizes are the paper's."""
+"""Every YAML composes, its parts build (full sizes on the meta device), sizes are right."""
 
 import pytest
 import torch

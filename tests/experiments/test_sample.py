@@ -1,0 +1,80 @@
+"""`--exp=sample`: prompts from the command line, a list or a file; PNGs that say what they are."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dcar.models.checkpoints import CheckpointError, save_model
+from experiments.run import main
+from experiments.sample import find_model, output_paths, read_prompts
+from tests.toys import SIZE, toy_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_model(toy_model(), path / "model")
+    return path
+
+
+def test_one_prompt_gives_one_png_with_its_settings(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "apple.png"
+    arguments = ["--exp=sample", f"ckpt={folder}", "prompt='a red apple, flat style'", "seed=3"]
+    assert main([*arguments, "steps=2", "guidance=2", f"out={out}"]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (SIZE, SIZE)
+        assert picture.text["prompt"] == "a red apple, flat style" and picture.text["seed"] == "3"
+        assert picture.text["steps"] == "2" and picture.text["guidance"] == "2"
+
+
+def test_a_file_of_prompts_gives_a_png_each_and_a_grid(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    out = tmp_path / "all.png"
+    arguments = [f"ckpt={folder}", f"prompt={tmp_path}/prompts.txt", f"out={out}"]
+    assert main(["--exp=sample", *arguments]) == 0
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == ["all-000.png", "all-001.png", "all.png"]
+    with Image.open(tmp_path / "all-001.png") as picture:
+        assert picture.text["prompt"] == "a dog" and picture.text["seed"] == "1"
+
+
+def test_a_prompt_may_hold_commas_and_quotes(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    prompt = 'prompt="it\'s red, {very} \\$big"'
+    assert main(["--exp=sample", f"ckpt={folder}", prompt, f"out={out}"]) == 0
+
+
+def test_prompts_come_as_text_list_or_file(tmp_path: Path) -> None:
+    assert read_prompts("a") == ["a"] and read_prompts(["a", "b"]) == ["a", "b"]
+    (tmp_path / "p.txt").write_text("a\n b \n\n")
+    assert read_prompts(str(tmp_path / "p.txt")) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompt=nowhere.txt", "nowhere.txt"),
+        ("out=a.jpg", "out=a.jpg"),
+        ("steps=0", "steps"),
+        ("precision=int4", "precision"),
+        ("height=13", "height=13"),
+        ("prompt=[]", "no prompt"),
+    ],
+)
+def test_a_bad_value_is_exit_2_and_named(override: str, message: str, folder, tmp_path, capsys):
+    arguments = [f"ckpt={folder}", "prompt=a", f"out={tmp_path}/a.png"]
+    arguments = [a for a in arguments if a.split("=")[0] != override.split("=")[0]]
+    assert main(["--exp=sample", *arguments, override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_experiment_s_name_finds_its_model(folder: Path) -> None:
+    assert find_model(folder.name, str(folder.parent)).size == SIZE
+    with pytest.raises(CheckpointError, match="ckpt=elsewhere"):
+        find_model("elsewhere", str(folder.parent))
+
+
+def test_several_images_are_numbered_beside_the_grid() -> None:
+    assert [p.name for p in output_paths("x/a.png", 2)] == ["a-000.png", "a-001.png"]
+    assert output_paths("x/a.png", 1) == [Path("x/a.png")]
