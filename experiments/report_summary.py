@@ -69,7 +69,11 @@ def tokenizer_cards(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def both_paths(found: Mapping[str, Any], name: str, digits: int) -> str:
-    return " | ".join(number(found.get(f"{name}_{path}"), digits) for path in PATHS)
+    """Hybrid | discrete, or one dash where neither was measured."""
+    values = [found.get(f"{name}_{path}") for path in PATHS]
+    if values == [None, None]:
+        return "–"
+    return " | ".join(number(value, digits) for value in values)
 
 
 def fid_note(features: str, images: int) -> str:

@@ -14,7 +14,7 @@ from dcar.evaluation.run_record import Curve, RunRecord
 
 PANEL_SIZE = 4.6, 2.9  # inches
 DPI = 150
-SMOOTHING = 0.85  # of the exponential average drawn over a dense curve
+SMOOTHING = 0.75  # of the exponential average drawn over a dense curve
 DENSE = 25  # points from which a curve is smoothed
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments.report_summary import generator_cards, introduction, tokenizer_cards
+from experiments.report_summary import both_paths, generator_cards, introduction, tokenizer_cards
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def test_without_frechet_distances_there_is_no_card_for_them(figures) -> None:
 def test_a_figure_that_is_not_known_is_a_dash(figures) -> None:
     figures["tokenizer"]["psnr_hybrid"] = None
     assert tokenizer_cards(figures)[0][1] == "– | 25.50 dB"
+    assert both_paths({}, "psnr", 2) == "–"
 
 
 def test_the_introduction_tells_sizes_and_time(figures) -> None:
