@@ -145,21 +145,19 @@ class ShardStream(IterableDataset):
             for position, raw in enumerate(raws, span.first):
                 yield Slot(span.shard, position, raw)
 
-    def _shard(self, shard: int) -> Iterator[Raw]:
+    def _shard(self, shard: int) -> Iterable[Raw]:
+        if not self.cache:
+            return self._stored(shard)
+        if shard not in self._raws:
+            self._raws[shard] = list(self._stored(shard))
+        return self._raws[shard]
+
+    def _stored(self, shard: int) -> Iterator[Raw]:
         """Samples of a shard up to where it breaks off, if it does."""
-        if shard in self._raws:
-            yield from self._raws[shard]
-            return
-        kept: list[Raw] = []
         try:
-            for raw in read_shard(self.paths[shard]):
-                if self.cache:
-                    kept.append(raw)
-                yield raw
+            yield from read_shard(self.paths[shard])
         except (DataError, OSError) as error:
             log.warning("the rest of a shard is lost: %s", error)
-        if self.cache:
-            self._raws[shard] = kept
 
     def _batch(self, group: list[Slot], recent: Iterable[Slot], epoch: int) -> Batch:
         bad: Counter[str] = Counter()

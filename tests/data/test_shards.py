@@ -65,6 +65,16 @@ def test_a_writer_that_fails_leaves_no_shard(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_leaves_neither_shard_nor_leftovers(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_shards(samples(3), tmp_path, "train", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "sample",
     [
