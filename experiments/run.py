@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hydra.errors import InstantiationException
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
@@ -80,12 +79,17 @@ def run(arguments: Sequence[str]) -> None:
     task(config, RunOptions(ckpt=options.ckpt, dry_run=options.dry_run))
 
 
+NOTICES = ("litlogger", "weights_only", " available: ", "Automatic Mixed Precision", "`Trainer")
+
+
 def quieten() -> None:
     """Keep other packages' notices out of the way of this project's own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics|transformers)\b")
-    for name in ("lightning.pytorch.utilities.rank_zero", "transformers"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(
+            lambda record: not any(notice in record.getMessage() for notice in NOTICES)
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,11 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     return 0
-
-
-def instantiation_cause(error: InstantiationException) -> BaseException:
-    """The exception a constructor raised, or Hydra's own where the call itself was wrong."""
-    return error.__cause__ or error
 
 
 if __name__ == "__main__":

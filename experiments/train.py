@@ -55,8 +55,11 @@ def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:
     return path
 
 
-def finished(path: Path | None, max_steps: int) -> bool:
-    return path is not None and read_checkpoint(path)["global_step"] >= max_steps
+def finished(path: Path | None, config: DictConfig) -> bool:
+    """Whether all steps are taken and what comes after them has been written."""
+    if path is None or not (Path(config.output_dir) / "metrics.json").exists():
+        return False
+    return read_checkpoint(path)["global_step"] >= config.max_steps
 
 
 def build_trainer(config: DictConfig, module: BaseModule, options: RunOptions) -> Trainer:
@@ -83,7 +86,7 @@ def model_config(config: DictConfig) -> dict[str, Any]:
 def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Fit, or go on fitting, one module. Returns the last logged metrics by name."""
     resume = find_resume(config, options.ckpt)
-    if finished(resume, config.max_steps):
+    if finished(resume, config):
         rank_zero_info(f"{config.exp}: all {config.max_steps} steps are done ({resume})")
         return {}
     seed_everything(config.seed, workers=True, verbose=False)
@@ -102,9 +105,9 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         trainer.validate(module, datamodule=datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not options.dry_run and trainer.is_global_zero:
-        write_facts(trainer, module, metrics, config)
         if isinstance(module, MaskedARGenerator):
             export(module, config)
+        write_facts(trainer, module, metrics, config)
     return metrics
 
 

@@ -35,7 +35,10 @@ NO_SOURCE = {
     "test_contributing.py": "runs the worked example of CONTRIBUTING.md",
     "test_environment.py": "holds the lists of packages equal",
     "test_imports.py": "this file",
+    "test_readme.py": "runs README.md",
     "experiments/test_configs.py": "every file under experiments/configs",
+    "experiments/test_full_size.py": "the paper's sizes take a step",
+    "lit/test_ddp.py": "two processes against one, for every training module",
 }
 # Sources that need no test of their own name, and why.
 NO_TEST: dict[str, str] = {}

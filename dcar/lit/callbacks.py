@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -18,6 +18,13 @@ def writer(trainer: Trainer) -> SummaryWriter | None:
     """TensorBoard's writer on the first rank, None elsewhere and without a logger."""
     experiment = getattr(trainer.logger, "experiment", None)
     return experiment if isinstance(experiment, SummaryWriter) else None
+
+
+class StepProgressBar(RichProgressBar):
+    """Lightning's bar for trainings that are told how many steps, not how many epochs, to run."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch}"
 
 
 class ReconstructionGrid(Callback):
@@ -113,7 +120,8 @@ class Throughput(Callback):
         self.ended = time.perf_counter()
         self.batches += 1
         if self.batches <= self.warmup:
-            return self._restart()
+            self._restart()
+            return
         self.images += len(batch["image"]) * trainer.world_size
         self.counted += 1
         if self.counted == self.every_steps:

@@ -66,9 +66,12 @@ class HybridGenerator(nn.Module):
 
         ids (B, H, W) int64; residual (B, C, H, W) = continuous - discrete latents; text (B, L, E);
         text_mask (B, L) bool, True = a real token. `caption_drop` None means the constructor's:
-        pass 0 to evaluate. `accuracy` is over masked tokens. In training mode all means are over the
-        batches of all ranks, so that averaged gradients equal those of one process with the whole
-        batch; in evaluation mode nothing waits for another rank.
+        pass 0 to evaluate. `accuracy` is over masked tokens.
+
+        In training mode all means are over the batches of all ranks, so that averaged gradients
+        equal those of one process with the whole batch. In evaluation mode nothing waits for
+        another rank, and `token` is the plain cross-entropy of the masked tokens: no label
+        smoothing, no weight on the others.
         """
         mask = self._draw_mask(ids, draws)  # (B, N)
         drop = self.caption_drop if caption_drop is None else caption_drop
@@ -99,8 +102,8 @@ class HybridGenerator(nn.Module):
             logits,
             ids,
             mask,
-            label_smoothing=self.label_smoothing,
-            unmasked_weight=self.unmasked_weight,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            unmasked_weight=self.unmasked_weight if self.training else 0.0,
         )
         correct = ((logits.detach().argmax(2) == ids) & mask).sum()
         sums = torch.stack([weight.float(), mask.sum().float()])

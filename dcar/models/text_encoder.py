@@ -3,10 +3,11 @@
 B captions, L text length, E width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -16,6 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # ByT5 (arXiv 2105.13626): bytes follow three special tokens in the vocabulary
 PADDING, END, FIRST_BYTE, BYTE_VOCABULARY = 0, 1, 3, 384
 VOCABULARY_PADDING = 128  # T5 models round their vocabulary up to a multiple of this
+HASH_BASE, HASH_PRIME = 257, 2_147_483_647  # products of both stay below 2^63
 LENGTH_STEP = 8  # batches are padded to a multiple of this, so that few shapes occur
 
 
@@ -36,19 +38,59 @@ def byte_ids(captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     return torch.where(position == lengths, END, ids), position <= lengths
 
 
+class NgramEmbedding(nn.Module):
+    """Adds to each byte what the n bytes that end there spell (arXiv 2412.09871, section 3.2.1).
+
+    Each n-gram is hashed to one of `codes` rows of its length's own table: a word is known at its
+    last byte, where bytes alone would have to be put together by attention first.
+    """
+
+    def __init__(self, *, lengths: Sequence[int], codes: int, dim: int):
+        super().__init__()
+        if any(length < 2 for length in lengths) or codes < 1:
+            raise ValueError(f"n-gram lengths {list(lengths)} must be 2 or more, codes {codes} > 0")
+        self.lengths, self.codes = tuple(lengths), codes
+        self.table = nn.Embedding(codes * len(self.lengths), dim)
+        nn.init.normal_(self.table.weight, std=len(self.lengths) ** -0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [row + self.codes * n for n, row in enumerate(map(self._hash(ids), self.lengths))]
+        return self.table(torch.stack(rows)).sum(0)  # (B, L, E)
+
+    def _hash(self, ids: Tensor) -> Callable[[int], Tensor]:
+        def rows(length: int) -> Tensor:
+            padded = F.pad(ids, (length - 1, 0), value=END)  # (B, L + n - 1)
+            grams = padded.unfold(1, length, 1)  # (B, L, n)
+            powers = [pow(HASH_BASE, power, HASH_PRIME) for power in range(length)]
+            return (
+                (grams * torch.tensor(powers, device=ids.device)).sum(2) % HASH_PRIME % self.codes
+            )
+
+        return rows
+
+
 class ByteT5TextEncoder(nn.Module):
     """A small T5 encoder over bytes: no vocabulary file, trained together with the generator.
 
     `encoder(captions)` gives embeddings (B, L, dim) and the mask (B, L) bool, True = a real token,
     where L <= max_tokens follows the longest caption of the batch; padding is not attended to, so
-    that L changes nothing. Raises ValueError if dim is not a multiple of heads, and without
-    captions.
+    that L changes nothing. With `ngrams`, lengths in bytes, embeddings of the n-grams that end at
+    a byte are added to its own, `ngram_codes` rows a length: a short training learns words sooner.
+    Raises ValueError if dim is not a multiple of heads, and without captions.
     """
 
     trainable = True
 
     def __init__(
-        self, *, dim: int, layers: int, heads: int, max_tokens: int, feed_forward: int | None = None
+        self,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        max_tokens: int,
+        feed_forward: int | None = None,
+        ngrams: Sequence[int] = (),
+        ngram_codes: int = 4096,
     ):
         super().__init__()
         if dim % heads:
@@ -73,11 +115,16 @@ class ByteT5TextEncoder(nn.Module):
                 use_cache=False,
             )
         ).encoder
+        words = NgramEmbedding(lengths=ngrams, codes=ngram_codes, dim=dim) if ngrams else None
+        self.words = words
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         _check_captions(captions)
         ids, mask = (part.to(self.model.device) for part in byte_ids(captions, self.max_tokens))
-        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, E)
+        embedded = self.model.embed_tokens(ids)  # (B, L, E)
+        if self.words is not None:
+            embedded = embedded + self.words(ids)
+        hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         return hidden, mask
 
 

@@ -142,7 +142,9 @@ class MaskedTransformer(nn.Module):
     ids (B, H, W) int64 in [0, K], K being the mask id; text (B, L, E) with L <= text_tokens;
     text_mask (B, L) bool, True = a real token. The grid may have any size and need not be square.
     `null_text` (text_tokens, E) stands for a dropped caption: fixed random rows that depend on
-    `null_seed` alone, saved with the weights, never trained. Source: DC-AR section 3.2.
+    `null_seed` alone, saved with the weights, never trained. embedding_std and caption_std scale
+    what tokens and captions start with beside the position codes; the defaults are the authors',
+    larger ones suit trainings of minutes. Source: DC-AR section 3.2.
     """
 
     null_text: Tensor
@@ -160,6 +162,8 @@ class MaskedTransformer(nn.Module):
         base_grid: int = 16,
         null_seed: int = 0,
         checkpoint_activations: bool = False,
+        embedding_std: float = 0.02,
+        caption_std: float = 0.02,
     ):
         super().__init__()
         if dim % heads:
@@ -175,20 +179,20 @@ class MaskedTransformer(nn.Module):
         self.output_norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.output = nn.Linear(dim, num_codes)
         self.register_buffer("null_text", self._random_text(null_seed))
-        self.initialize_weights()
+        self.initialize_weights(embedding_std, caption_std)
 
     @property
     def mask_id(self) -> int:
         return self.num_codes
 
-    def initialize_weights(self) -> None:
+    def initialize_weights(self, embedding_std: float, caption_std: float) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.token_embedding.weight, std=0.02)
+        nn.init.trunc_normal_(self.token_embedding.weight, std=embedding_std)
         for layer in (self.caption_projection.inner, self.caption_projection.output):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=caption_std)
         # zero logits: training starts at the cross-entropy of a uniform guess, log(K)
         nn.init.zeros_(self.output.weight)
 

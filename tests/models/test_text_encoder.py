@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from dcar.models.text_encoder import ByteT5TextEncoder, T5TextEncoder, byte_ids
+from dcar.models.text_encoder import (
+    ByteT5TextEncoder,
+    NgramEmbedding,
+    T5TextEncoder,
+    byte_ids,
+)
 
 REFERENCE = ByT5Tokenizer()
 
@@ -152,3 +157,27 @@ def test_impossible_sizes_are_refused() -> None:
         ByteT5TextEncoder(dim=10, layers=1, heads=3, max_tokens=24)
     with pytest.raises(ValueError, match="max_tokens 1"):
         ByteT5TextEncoder(dim=16, layers=1, heads=2, max_tokens=1)
+
+
+def test_ngrams_tell_words_apart_at_their_last_byte_and_ignore_the_rest() -> None:
+    words = NgramEmbedding(lengths=[3, 4], codes=512, dim=8)
+    ids, _ = byte_ids(["red cat", "big cat", "red cab"], 16)
+    embedded = words(ids)
+    assert embedded.shape == (*ids.shape, 8)
+    assert torch.equal(embedded[0, 6], embedded[1, 6])  # " cat" ends both
+    assert not torch.equal(embedded[0, 6], embedded[2, 6])
+    assert torch.equal(embedded[0, :6], embedded[2, :6])
+
+
+def test_padding_changes_nothing_with_ngrams_either() -> None:
+    encoder = ByteT5TextEncoder(dim=8, layers=1, heads=2, max_tokens=64, ngrams=[3], ngram_codes=64)
+    alone, mask = encoder(["a cat"])
+    together, _ = encoder(["a cat", "a very much longer caption than the other"])
+    length = int(mask.sum())
+    torch.testing.assert_close(alone[0, :length], together[0, :length], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"lengths": [1]}, {"codes": 0}])
+def test_impossible_ngrams_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match="n-gram"):
+        NgramEmbedding(**{"lengths": [3], "codes": 4, "dim": 2} | bad)
