@@ -84,7 +84,7 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose(f"experiment/{name}", [f"+exp={name}", *overrides])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     return config
 
