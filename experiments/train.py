@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.lit.base import BaseModule
+from dcar.lit.callbacks import ConfigText
 from dcar.lit.generator import MaskedARGenerator
 from dcar.models.checkpoints import PARTS, CheckpointError, read_checkpoint, save_model
 from experiments.config import ConfigError, quick_dtype
@@ -69,6 +70,9 @@ def build_trainer(config: DictConfig, module: BaseModule, options: RunOptions) -
     if settings["sync_batchnorm"] == "auto":
         settings["sync_batchnorm"] = torch.cuda.is_available() and device_count(settings) > 1
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
+    for callback in callbacks:
+        if isinstance(callback, ConfigText):
+            callback.text = OmegaConf.to_yaml(config, resolve=True)
     if options.dry_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks)

@@ -41,8 +41,8 @@ def run(line: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `make quickstart` has been run."""
-    folder = tmp_path_factory.mktemp("readme")
+    """A folder in which `make quickstart` has been run; DCAR_WORKPLACE names one to use again."""
+    folder = Path(os.environ.get("DCAR_WORKPLACE") or tmp_path_factory.mktemp("readme"))
     command = ["make", "-C", str(ROOT), "quickstart", f"OUTPUTS={folder}/outputs"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

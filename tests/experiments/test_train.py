@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcar.models.checkpoints import CheckpointError, load_model
 from experiments.config import load_config
@@ -34,7 +35,9 @@ def test_a_run_leaves_checkpoint_config_metrics_and_events(name: str, trained: P
     facts = json.loads((folder / "metrics.json").read_text())
     assert facts["steps"] == 6 and facts["seconds"] > 0
     assert any(key.startswith("val/") for key in facts["metrics"])
-    assert list((folder / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert any(tag.startswith("config") for tag in events.Tags()["tensors"])
+    assert any(tag.startswith("train/") for tag in events.Tags()["scalars"])
 
 
 @pytest.mark.slow
