@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,6 +68,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     if name not in experiment_names():
         known = experiment_names()
         raise ConfigError(f"no experiment {name!r}{nearest(name, known)} (--list shows them)")
+    overrides = [as_text(override) for override in overrides]
     base = _compose(name, [])
     try:
         config = _compose(name, overrides)
@@ -78,6 +80,22 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_missing(error)) from error
     return config
+
+
+def as_text(override: str) -> str:
+    """An override as the shell gave it: free text, such as a prompt with commas, is quoted.
+
+    Hydra would take `a, b` for a sweep over two values, which no experiment here has.
+    """
+    key, equals, value = override.partition("=")
+    try:
+        if not OverridesParser.create().parse_override(override).is_sweep_override():
+            return override
+    except HydraException:
+        if not equals or value[:1] in ("[", "{"):  # a broken list stays an error
+            return override
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:

@@ -1,5 +1,8 @@
 """The task of `make quickstart`: five trainings in order, then samples, figures and a report."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,10 +27,12 @@ def quickstart(config: DictConfig, options: RunOptions) -> None:
     if options.dry_run:
         return
     folder = Path(config.outputs) / "quickstart"
+    shutil.copytree(folder / RUNS[-1] / "model", folder / "model", dirs_exist_ok=True)
+    python = os.path.relpath(sys.executable)
     report = write_report(folder, runs=RUNS)
     rank_zero_info(
         f"\nreport:       {report}\n"
         f"curves:       make tensorboard\n"
-        f"your picture: {Path('.venv/bin/python')} -m experiments.run --exp=sample "
+        f"your picture: {python} -m experiments.run --exp=sample "
         f'ckpt={folder} prompt="a red apple, flat style" out=apple.png'
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from PIL.Image import Image
 
 from dcar.evaluation.pictures import captioned_grid, save_png
@@ -21,10 +21,11 @@ from experiments.config import ConfigError
 from experiments.run import RunOptions
 
 
-def read_prompts(prompt: str | list[str]) -> list[str]:
+def read_prompts(prompt: object) -> list[str]:
     """One prompt, a list of them, or the lines of a text file."""
-    if not isinstance(prompt, str):
+    if isinstance(prompt, list | ListConfig):
         return [str(line) for line in prompt]
+    prompt = str(prompt)
     path = Path(prompt)
     if path.suffix == ".txt":
         if not path.is_file():
@@ -36,13 +37,15 @@ def read_prompts(prompt: str | list[str]) -> list[str]:
 def find_model(reference: str, outputs: str) -> Model:
     """A model folder, a run's folder, an experiment's name, or a Lightning checkpoint."""
     path = Path(reference)
-    for folder in (path, path / "model", Path(outputs) / reference / "model"):
+    folders = (path, path / "model", Path(outputs) / reference / "model")
+    for folder in folders:
         if (folder / "config.json").is_file():
             return load_model(folder)
     if path.is_file():
         return model_of_checkpoint(path)
     raise CheckpointError(
-        f"ckpt={reference} is no model folder, run folder, checkpoint or finished experiment"
+        f"ckpt={reference} is no checkpoint, and no config.json lies in "
+        + " or ".join(str(folder) for folder in folders)
     )
 
 

@@ -39,10 +39,15 @@ def test_a_file_of_prompts_gives_a_png_each_and_a_grid(folder: Path, tmp_path: P
         assert picture.text["prompt"] == "a dog" and picture.text["seed"] == "1"
 
 
-def test_a_prompt_may_hold_commas_and_quotes(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "prompt",
+    ["a red apple, flat style", "it's (very) {big}: 3 x 4 = 12, isn't it", '"quoted"', "7", "a=b"],
+)
+def test_a_prompt_is_taken_as_the_shell_gives_it(prompt: str, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
-    prompt = 'prompt="it\'s red, {very} \\$big"'
-    assert main(["--exp=sample", f"ckpt={folder}", prompt, f"out={out}"]) == 0
+    assert main(["--exp=sample", f"ckpt={folder}", f"prompt={prompt}", f"out={out}"]) == 0
+    with Image.open(out) as picture:
+        assert picture.text["prompt"] == prompt.strip('"')
 
 
 def test_prompts_come_as_text_list_or_file(tmp_path: Path) -> None:
