@@ -15,7 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from dcar.lit.base import BaseModule
 from dcar.lit.callbacks import ConfigText
 from dcar.lit.generator import MaskedARGenerator
-from dcar.models.checkpoints import PARTS, CheckpointError, read_checkpoint, save_model
+from dcar.models.checkpoints import (
+    PARTS,
+    CheckpointError,
+    load_strictly,
+    read_checkpoint,
+    save_model,
+)
 from experiments.config import ConfigError, quick_dtype
 from experiments.run import RunOptions
 from experiments.strategy import device_count, resolve_strategy
@@ -99,6 +105,8 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     datamodule: LightningDataModule = build(config.data)
     module: BaseModule = build(config.module)
     module.plain_config = model_config(config)
+    if resume is not None:  # Lightning's own error lists no shapes
+        load_strictly(module, read_checkpoint(resume)["state_dict"], source=resume)
     trainer = build_trainer(config, module, options)
     if not options.dry_run:
         folder = Path(config.output_dir)

@@ -78,6 +78,13 @@ def test_a_finished_run_is_not_trained_again(trained: Path, capsys) -> None:
 
 
 @pytest.mark.slow
+def test_resuming_another_architecture_is_refused_with_its_keys(trained: Path, capsys) -> None:
+    arguments = [f"outputs={trained}", "num_codes=32", "max_steps=8", "--ckpt=last"]
+    assert main(["--exp=smoke/stage1", *arguments]) == 2
+    assert "network.quantizer" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_exported_folder_and_the_checkpoint_are_one_model(trained: Path) -> None:
     run = trained / "smoke" / "finetune_512"
     folder = load_model(run / "model")
