@@ -209,7 +209,7 @@ class MaskedARGenerator(BaseModule):
         self.metrics.module.update_fake(self.decode(tokens))
 
     def on_validation_epoch_end(self) -> None:
-        if self.metrics is not None and not self.trainer.sanity_checking:
+        if self.metrics is not None and not (self.trainer.sanity_checking or self.is_dry_run):
             self.log_terms(self.val_names[0], self.metrics.module.compute())
             self.metrics.module.reset()
 
