@@ -89,7 +89,7 @@ def test_imports_are_absolute(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_every_module_imports(path: Path) -> None:
-    importlib.import_module(dotted(path))
+    assert importlib.import_module(dotted(path)).__name__ == dotted(path)
 
 
 def test_every_public_name_resolves() -> None:

@@ -27,19 +27,20 @@ def test_every_experiment_composes(name: str) -> None:
     assert load(name).task.startswith("experiments.")
 
 
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("name", [n for n in experiment_names() if "/" in n])
 def test_its_networks_build(name: str) -> None:
     config = load(name)
+    parts = [part for part in ("tokenizer", "generator", "discriminator") if part in config]
     with torch.device("meta"):
-        for part in ("tokenizer", "generator", "discriminator"):
-            if part in config:
-                build(config[part])
+        built = {part: build(config[part]) for part in parts}
+    assert count(built["tokenizer"]) > 0 and built["tokenizer"].num_codes == config.num_codes
     if "sampler" in config:
-        build(config.sampler)
-
-
-def count(module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+        assert build(config.sampler).steps == 12
+        assert built["generator"].transformer.num_codes == config.num_codes
 
 
 def test_the_paper_s_sizes_are_exact() -> None:

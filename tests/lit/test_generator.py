@@ -71,11 +71,13 @@ def test_shards_that_hold_tokens_are_not_tokenised_again() -> None:
 
 def test_validation_compares_right_and_shuffled_captions_and_reports_gfid() -> None:
     module = toy_masked_generator(fid_images=8, metrics=partial(GenerationMetrics))
-    trainer = toy_trainer(1, limit_val_batches=1.0, val_check_interval=1)
+    trainer = toy_trainer(4, limit_val_batches=1.0, val_check_interval=4)
     trainer.fit(module, datamodule=ToyData())
     names = set(trainer.callback_metrics)
     assert {"val/token", "val/token_shuffled", "val/residual"} <= names
     assert any(name.startswith("val/gfid_") for name in names)
+    right, shuffled = (trainer.callback_metrics[f"val/token{s}"] for s in ("", "_shuffled"))
+    assert right != shuffled
 
 
 def test_the_wrong_number_of_codes_is_refused_with_both_numbers() -> None:

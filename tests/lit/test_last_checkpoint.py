@@ -52,6 +52,23 @@ def test_a_signal_finishes_the_step_saves_and_tells_its_number(number: int, tmp_
     assert signal.getsignal(number) is previous
 
 
+def test_a_second_signal_meets_the_handler_that_was_there_before(tmp_path: Path) -> None:
+    previous, seen = signal.getsignal(signal.SIGINT), []
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, *args) -> None:
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    callbacks = [
+        LastCheckpoint(folder=tmp_path, every_steps=100),
+        Signal(signal.SIGINT, 1),
+        Watch(),
+    ]
+    with pytest.raises(Interrupted):
+        toy_trainer(9, callbacks=callbacks).fit(toy_stage(1), datamodule=ToyData())
+    assert seen[0] != previous and seen[1] is previous
+
+
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path: Path) -> None:
     straight = toy_stage(2)
     toy_trainer(6).fit(straight, datamodule=ToyData())
