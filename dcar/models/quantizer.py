@@ -3,6 +3,7 @@
 B batch, C latent channels, H W latent grid, K codebook size, M = B*H*W vectors of one call.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,7 @@ def gather_over_ranks(vectors: Tensor, batch: int) -> Tensor:
     return rearrange(torch.stack(gathered), "world (b n) c -> (b world n) c", b=batch)
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """What the tokenizer asks of a quantiser, and how often codes were used in eval mode.
 
     `forward(latent (B, C, H, W)) -> Quantized` and `lookup(ids (B, H, W)) -> (B, C, H, W)`.
@@ -104,8 +105,9 @@ class Quantizer(nn.Module):
     def perplexity(self) -> Tensor:
         return codebook_perplexity(self.counts)
 
+    @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Codes (B, C, H, W) of ids (B, H, W)."""
 
 
 class VectorQuantizer(Quantizer):
