@@ -1,43 +1,99 @@
-"""Raw tar members to checked samples: which member is the picture, which words go with it."""
+"""Raw members to checked samples: which member is the picture, which words go with it."""
 
+import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dcar.data.shards import IMAGE_TYPES, Raw, expand, read_shard
+from dcar.data.index import read_shard
+from dcar.data.members import IMAGE_TYPES, BadSample, Raw
+from dcar.data.storage import expand
 from dcar.data.transforms import ImageTooLarge, ImageTransform, read_image
 
 MAX_CAPTION_BYTES = 16 * 1024
-
-
-class BadSample(ValueError):
-    """A sample that training goes on without; the message is the reason it is counted under."""
+OWN = "own"  # the name, among captions, of the one that the shard itself holds
 
 
 @dataclass(frozen=True)
 class Sample:
-    """pixels: uint8 (height, width, 3), prepared by the transform but not yet cropped at random."""
+    """A picture or its tokens, with words.
+
+    pixels: uint8 (height, width, 3), prepared by the transform but not yet cropped at random; None
+        for a sample of tokens.
+    tokens: ids (H, W), residual (C, H, W) and perhaps text (rows, E), as stored.
+    captions: further ones by name, from caption shards.
+    """
 
     key: str
     caption: str
-    pixels: np.ndarray
+    pixels: np.ndarray | None
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
+
+    def choose_caption(self, weights: Mapping[str, float], rng: random.Random) -> str:
+        """One of the captions by weight; the shard's own where none of the names is there."""
+        known = {OWN: self.caption, **self.captions} if self.caption else self.captions
+        names = [name for name in weights if known.get(name) and weights[name] > 0]
+        if not names:
+            return self.caption or next(iter(self.captions.values()), "")
+        return known[rng.choices(names, [weights[name] for name in names])[0]]
 
 
-def decode(raw: Raw, transform: ImageTransform, *, captioned: bool) -> Sample:
-    """Raises BadSample with one of a few fixed reasons. `captioned`: whether words are required."""
-    caption = read_caption(raw, required=captioned)
+def decode(
+    raw: Raw,
+    transform: ImageTransform,
+    *,
+    captioned: bool,
+    shape: tuple[int, int] | None = None,
+    captions: dict[str, str] | None = None,
+) -> Sample:
+    """Raises BadSample with one of a few fixed reasons.
+
+    captioned: whether words are required. shape: (height, width) where it is not the transform's
+    own square. captions: by name, from caption shards; they count as words.
+    """
+    captions = captions or {}
+    caption = read_caption(raw, required=captioned and not captions)
+    key = str(raw["__key__"])
+    if "ids.npy" in raw:
+        return Sample(key, caption, None, read_tokens(raw), captions)
+    return Sample(key, caption, read_pixels(raw, transform, shape), {}, captions)
+
+
+def read_pixels(
+    raw: Raw, transform: ImageTransform, shape: tuple[int, int] | None = None
+) -> np.ndarray:
+    """The picture as the transform prepares it, uint8 (height, width, 3)."""
     image = image_bytes(raw)
     try:
-        pixels = transform.read(image)
+        return transform.read(image, shape)
     except (ImageTooLarge, Image.DecompressionBombError) as error:
         raise BadSample("image too large") from error
     except Exception as error:  # a hostile file may raise anything inside a decoder
         raise BadSample("broken image") from error
-    return Sample(str(raw["__key__"]), caption, pixels)
+
+
+def read_tokens(raw: Raw) -> dict[str, np.ndarray]:
+    """ids (H, W) uint16, residual (C, H, W) and, where stored, text (rows, E) float16."""
+    try:
+        tokens = {
+            kind.removesuffix(".npy"): np.load(io.BytesIO(data), allow_pickle=False)
+            for kind, data in raw.items()
+            if kind.endswith(".npy") and isinstance(data, bytes)
+        }
+        grid = tokens["ids"].shape
+        fits = len(grid) == 2 and tokens["residual"].shape[1:] == grid
+        fits = fits and tokens["ids"].dtype == np.uint16 and tokens["residual"].ndim == 3
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        raise BadSample("broken tokens") from error
+    if not fits:
+        raise BadSample("broken tokens")
+    return tokens
 
 
 def image_bytes(raw: Raw) -> bytes:

@@ -1,33 +1,36 @@
-"""Tar shards of samples: written whole or not at all, listed in a manifest, read without trust.
+"""Tar shards: written whole or not at all, and listed in a manifest.
 
-A sample is `{"__key__": "3d/red-apple", "webp": bytes, "txt": bytes}`; a member of the tar is
-`<key>.<type>`. Only the types below are ever read, and nothing is ever unpickled or executed.
+A shard holds samples `{"__key__": "3d/red-apple", "webp": bytes, "txt": bytes}` as members named
+`<key>.<type>`; the types are those of `members.py`.
 """
 
 import hashlib
 import io
 import json
-import os
-import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
 
-import webdataset
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+import numpy as np
 
-IMAGE_TYPES = ("webp", "png", "jpg", "jpeg")
-MEMBER_TYPES = (*IMAGE_TYPES, "txt", "json", "cls")
-MANIFEST = "manifest.json"
+from dcar.data.index import read_shard  # noqa: F401
+from dcar.data.members import (  # noqa: F401
+    IMAGE_TYPES,
+    MEMBER_TYPES,
+    TOKEN_TYPES,
+    BadSample,
+    DataError,
+    Raw,
+    check_key,
+)
+from dcar.data.storage import expand, exists, join, name_of, open_read, read_bytes, write_atomically
 
-Raw = dict[str, bytes | str]
-
-
-class DataError(RuntimeError):
-    """The data cannot be read as they must be: a shard, a sample, or too many samples."""
+MANIFEST, SIZES = "manifest.json", "sizes.npz"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,79 @@ class ShardEntry:
     sha256: str
 
 
+class _Hashed:
+    """A file opened for writing that counts and hashes what goes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+
+class ShardWriter:
+    """One shard, as a context manager: it appears under its name when the block ends well.
+
+    The bytes depend on the samples alone (no times, no users). url: a local path or an fsspec URL.
+    samples, size: written so far, size in bytes. entry: for the manifest, after the block.
+    """
+
+    def __init__(self, url: str | Path):
+        self.url = str(url)
+        self.samples = 0
+        self.entry: ShardEntry
+        self._keys: set[str] = set()
+
+    @property
+    def size(self) -> int:
+        return self._file.size
+
+    def __enter__(self) -> "ShardWriter":
+        with ExitStack() as stack:
+            self._file = _Hashed(stack.enter_context(write_atomically(self.url)))
+            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[arg-type]
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, sample: Mapping[str, bytes | str]) -> None:
+        """Raises ValueError for a key or a member type that no reader would accept."""
+        key = str(sample["__key__"])
+        check_key(key)
+        if key in self._keys:
+            raise ValueError(f"key {key!r} is written twice to {self.url}")
+        for kind, data in sample.items():
+            if kind != "__key__":
+                self._add(key, kind, data)
+        self._keys.add(key)
+        self.samples += 1
+
+    def _add(self, key: str, kind: str, data: bytes | str) -> None:
+        if kind not in MEMBER_TYPES or not isinstance(data, bytes):
+            raise ValueError(f"{key}: member {kind!r} is not bytes of one of {MEMBER_TYPES}")
+        info = tarfile.TarInfo(f"{key}.{kind}")  # mtime, uid, gid 0; no user name
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+        self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._tar.close()
+        with self._stack:
+            self._stack.__exit__(kind, error, trace)
+        digest = self._file.digest.hexdigest()
+        self.entry = ShardEntry(name_of(self.url), self.samples, self._file.size, digest)
+
+
 def write_shards(
     samples: Iterable[Mapping[str, bytes | str]],
     folder: str | Path,
@@ -48,87 +124,91 @@ def write_shards(
 ) -> list[ShardEntry]:
     """Write `<prefix>-000000.tar`, ... and return their manifest entries.
 
-    The bytes depend on the samples alone (no times, no users). Each shard appears under its name
-    only when it is whole. Raises ValueError for a key or a member type that no reader would accept.
+    Raises ValueError for a key or a member type that no reader would accept.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     remaining = iter(samples)
     entries: list[ShardEntry] = []
-    while group := list(islice(remaining, samples_per_shard)):
-        path = folder / f"{prefix}-{len(entries):06d}.tar"
-        _write_atomically(path, _tar_bytes(group))
-        entries.append(describe(path, len(group)))
+    while (first := next(remaining, None)) is not None:
+        with ShardWriter(join(folder, f"{prefix}-{len(entries):06d}.tar")) as writer:
+            writer.write(first)
+            for sample in islice(remaining, samples_per_shard - 1):
+                writer.write(sample)
+        entries.append(writer.entry)
     return entries
 
 
-def _tar_bytes(samples: Sequence[Mapping[str, bytes | str]]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for sample in samples:
-            key = _checked_key(sample)
-            for kind, data in sample.items():
-                if kind == "__key__":
-                    continue
-                if kind not in MEMBER_TYPES or not isinstance(data, bytes):
-                    raise ValueError(
-                        f"{key}: member {kind!r} is not bytes of one of {MEMBER_TYPES}"
-                    )
-                info = tarfile.TarInfo(f"{key}.{kind}")  # mtime, uid, gid 0; no user name
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def _checked_key(sample: Mapping[str, bytes | str]) -> str:
-    key = str(sample["__key__"])
-    parts = key.split("/")
-    if "" in parts or "." in parts or ".." in parts or "." in parts[-1]:
-        raise ValueError(f"key {key!r}: a relative path without '..' and no dot in its last part")
-    return key
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def describe(path: Path, samples: int) -> ShardEntry:
-    """The manifest entry of a shard on disk that holds `samples` samples."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardEntry(path.name, samples, path.stat().st_size, digest)
+def describe(url: str | Path, samples: int) -> ShardEntry:
+    """The manifest entry of a shard that is there and holds `samples` samples."""
+    size, digest = 0, hashlib.sha256()
+    with open_read(str(url)) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
+    return ShardEntry(name_of(url), samples, size, digest.hexdigest())
 
 
 def write_manifest(
-    folder: str | Path, shards: Mapping[str, list[ShardEntry]], **facts: object
+    folder: str | Path,
+    shards: Mapping[str, list[ShardEntry]],
+    *,
+    sizes: Mapping[str, np.ndarray] | None = None,
+    **facts: object,
 ) -> None:
-    """`manifest.json` of a folder: shards by split, and any facts about how they were made."""
+    """`manifest.json` of a folder: shards by split, and any facts about how they were made.
+
+    sizes: shard name -> (width, height) of its pictures in pixels, uint16 (samples, 2); they go to
+    `sizes.npz` and let a stream sort pictures by shape without opening them.
+    """
+    if sizes is not None:
+        with write_atomically(join(folder, SIZES)) as file:
+            np.savez_compressed(file, **{name: sizes[name] for name in sorted(sizes)})
     listed = [{"split": split, **asdict(entry)} for split in shards for entry in shards[split]]
     text = json.dumps({"shards": listed, **facts}, indent=1, sort_keys=True) + "\n"
-    _write_atomically(Path(folder) / MANIFEST, text.encode())
+    with write_atomically(join(folder, MANIFEST)) as file:
+        file.write(text.encode())
+
+
+def _manifest(folder: str | Path) -> dict[str, Any]:
+    url = join(folder, MANIFEST)
+    if not exists(url):
+        return {"shards": []}
+    try:
+        manifest = json.loads(read_bytes(url))
+        return {**manifest, "shards": list(manifest["shards"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{url} is no manifest: {error!r}") from error
 
 
 def read_manifest(folder: str | Path) -> dict[str, ShardEntry]:
     """Shard file name -> entry; empty without a manifest. Raises DataError if broken."""
-    path = Path(folder) / MANIFEST
-    if not path.exists():
+    fields = ("name", "samples", "bytes", "sha256")
+    try:
+        shards = _manifest(folder)["shards"]
+        return {shard["name"]: ShardEntry(*(shard[field] for field in fields)) for shard in shards}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{join(folder, MANIFEST)} is no manifest: {error!r}") from error
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """What a manifest says besides its shards; empty without one. Raises DataError if broken."""
+    return {name: fact for name, fact in _manifest(folder).items() if name != "shards"}
+
+
+def read_sizes(folder: str | Path) -> dict[str, np.ndarray]:
+    """Shard file name -> (width, height) of its pictures, uint16 (samples, 2); empty without.
+
+    Raises DataError where the file is damaged.
+    """
+    url = join(folder, SIZES)
+    if not exists(url):
         return {}
     try:
-        shards = json.loads(path.read_text())["shards"]
-        fields = ("name", "samples", "bytes", "sha256")
-        return {shard["name"]: ShardEntry(*(shard[field] for field in fields)) for shard in shards}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no manifest: {error!r}") from error
+        with np.load(io.BytesIO(read_bytes(url)), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(f"{url} holds no sizes: {error}") from error
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -151,72 +231,13 @@ def verify(folder: str | Path) -> list[str]:
     return problems
 
 
-def _local(url: str) -> str:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
-        raise ValueError(f"{url!r}: shards are read from local files, no URL scheme is accepted")
-    return url
+def count_samples(paths: list) -> list[int]:
+    from dcar.data.index import count_samples as count
 
-
-def expand(urls: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Paths from one or more paths, globs ('*.tar') or brace patterns ('{000000..000003}.tar').
-
-    Raises ValueError for anything but local files (`pipe:` would run a shell) and
-    FileNotFoundError naming the pattern that matches nothing.
-    """
-    listed = [urls] if isinstance(urls, str | Path) else list(urls)
-    paths: list[Path] = []
-    for url in map(str, listed):
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
-            raise ValueError(
-                f"{url!r}: shards are read from local files, no URL scheme is accepted"
-            )
-        for pattern in webdataset.shardlists.expand_urls(url):
-            found = sorted(glob(pattern)) if has_magic(pattern) else [pattern]
-            missing = [path for path in found if not Path(path).is_file()]
-            if missing or not found:
-                raise FileNotFoundError(f"no shard at {(missing or [pattern])[0]} (from {url!r})")
-            paths.extend(map(Path, found))
-    return paths
-
-
-def read_shard(path: str | Path) -> Iterator[Raw]:
-    """Raw samples of one local shard, in order: `__key__` and the bytes of each known member.
-
-    Members of other types, links and devices are passed over. Raises DataError naming the shard
-    when the tar breaks off or names one member twice.
-    """
-    with open(_local(str(path)), "rb") as stream:
-        source = [{"url": str(path), "stream": stream}]
-        try:
-            files = tar_file_expander(source, select_files=_is_known)
-            for sample in group_by_keys(files):
-                yield {kind: data for kind, data in sample.items() if kind != "__url__"}
-        except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-            reason = next(iter(error.args), "")
-            raise DataError(f"{path}: {type(error).__name__}: {reason}") from error
-
-
-def _is_known(name: str) -> bool:
-    _, kind = base_plus_ext(name)
-    return kind is not None and kind.lower() in MEMBER_TYPES
-
-
-def count_samples(paths: Sequence[Path]) -> list[int]:
-    """Samples per shard: the manifest's word beside each shard, else counted by reading it once."""
-    manifests = {folder: read_manifest(folder) for folder in {path.parent for path in paths}}
+    manifests = {folder: read_manifest(folder) for folder in {Path(path).parent for path in paths}}
     return [
-        manifests[path.parent][path.name].samples
-        if path.name in manifests[path.parent]
-        else _count(path)
+        manifests[Path(path).parent][Path(path).name].samples
+        if Path(path).name in manifests[Path(path).parent]
+        else count(path)
         for path in paths
     ]
-
-
-def _count(path: Path) -> int:
-    count = 0
-    try:
-        for _ in read_shard(path):
-            count += 1
-    except DataError:
-        pass  # what could be read counts; the stream reports the shard when it gets there
-    return count

@@ -1,71 +1,89 @@
-"""Shards to batches, in an order that can be stopped and taken up again exactly.
+"""Shards to batches (their keys: `batches.py`), in an order that is stopped and taken up exactly.
 
-Batch keys, used by every module (S: image side in pixels, B: images in the batch):
-  key      list[str]                   name of the sample, unique in its data set
-  image    (B, 3, S, S) float32        in [-1, 1]
-  caption  list[str]
-Shards of tokens will carry `ids`, `residual`, `text` and `text_mask` in place of `image`.
+Samples are read one by one from where an index says they lie, so the order (`order.py`) is free:
+no reader holds a buffer, skips what others read, or depends on how many others there are.
 """
 
 import logging
 import random
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, cycle, islice, repeat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dcar.data.order import Plan, plan_train, plan_validation, shard_order, shuffled, spans
-from dcar.data.samples import BadSample, Sample, decode
-from dcar.data.shards import DataError, Raw, count_samples, expand, read_shard
+from dcar.data.batches import Batch, collate
+from dcar.data.buckets import Buckets
+from dcar.data.members import BadSample, DataError
+from dcar.data.order import (
+    BucketOrder,
+    MixedOrder,
+    Order,
+    Place,
+    SequentialOrder,
+    Share,
+    ShuffledOrder,
+    Slice,
+    Span,
+)
+from dcar.data.samples import Sample, decode
+from dcar.data.shard_set import ShardSet
 from dcar.data.transforms import ImageTransform
 
-Batch = dict[str, Any]
-
 SAMPLES_BEFORE_JUDGING = 100  # a rate of bad samples means nothing on fewer
-REPLACEMENTS = 64  # earlier samples kept at hand for a batch that is bad as a whole
+REPLACEMENTS = 64  # earlier samples tried for a batch that is bad as a whole
 
 log = logging.getLogger(__name__)
 
 
-class Slot(NamedTuple):
-    """A place in an epoch's line; `raw` is None where the shard should have had a sample."""
+@dataclass
+class Part:
+    """One data set of a mixture; samples are drawn in proportion to the weights."""
 
-    shard: int
-    position: int
-    raw: Raw | None
+    data: ShardSet
+    weight: float = 1.0
 
 
 class ShardStream(IterableDataset):
-    """Batches of shards. The order is a function of (seed, epoch, rank, worker) alone.
+    """Batches of shards. The order is a function of (seed, epoch, lanes) alone (`order.py`).
 
-    urls: paths, globs or brace patterns of local tar shards; counts come from their manifest.
+    urls: paths, globs, brace patterns or URLs of shards (or a ShardSet, for its own options), or
+    mixture: several sets by name, each with a weight.
     shuffle: training order. Every rank sees the same number of full batches; a sample that cannot
         be used is replaced by its neighbour, so the count and the order stand.
         Without it every sample comes once, over all ranks and workers, and bad ones are left out.
+    buffer: samples that are shuffled together, besides the shuffling of the shards.
     captioned: whether a sample without words is a bad one.
+    caption_weights: how often each caption of a picture is drawn, by name; "own" is the shard's.
     max_bad: share of bad samples above which iteration ends with DataError.
     cache: keep resized pixels in memory (size x size x 3 bytes or a little more each).
+    buckets: batches of one aspect ratio each, in place of squares.
+    samples_per_epoch: of a mixture; as many as its sets hold together by default.
     `skipped` counts the bad samples that a ShardLoader has met in this process, by reason.
     Raises FileNotFoundError for missing shards, ValueError for impossible settings.
     """
 
     def __init__(
         self,
-        urls: str | Path | Iterable[str | Path],
+        urls: ShardSet | str | Path | Iterable[str | Path] | None = None,
         *,
         transform: ImageTransform,
         batch_size: int,
         seed: int,
         shuffle: bool,
+        mixture: Mapping[str, Part] | None = None,
         captioned: bool = True,
+        caption_weights: Mapping[str, float] | None = None,
         buffer: int = 1000,
         max_bad: float = 0.01,
         cache: bool = False,
+        buckets: Buckets | None = None,
+        samples_per_epoch: int | None = None,
         rank: int | None = None,
         world: int | None = None,
     ):
@@ -75,17 +93,30 @@ class ShardStream(IterableDataset):
             raise ValueError(f"give both or neither of rank ({rank}) and world ({world})")
         if rank is not None and world is not None and not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not in [0, world={world})")
-        self.paths = expand(urls)
-        self.counts = count_samples(self.paths)
+        self.parts = parts_of(urls, mixture)
+        if len(self.parts) > 1 and not shuffle:
+            raise ValueError("a mixture is for training: without shuffle, give urls")
         self.transform, self.batch_size, self.seed = transform, batch_size, seed
         self.shuffle, self.captioned, self.buffer = shuffle, captioned, buffer
-        self.max_bad, self.cache = max_bad, cache
+        self.caption_weights = None if caption_weights is None else dict(caption_weights)
+        self.max_bad, self.cache, self.buckets = max_bad, cache, buckets
+        self.samples_per_epoch = samples_per_epoch
         self._place = None if rank is None or world is None else (rank, world)
-        self.epoch, self.done = 0, 0  # where iteration starts: epoch, batches already taken
+        self.epoch, self.lanes, self.start, self.done = 0, 0, 0, 0  # where iteration starts
         self.skipped: Counter[str] = Counter()
         self.seen = 0
-        self._raws: dict[int, list[Raw]] = {}
-        self._samples: dict[tuple[int, int], Sample] = {}
+        self._orders: dict[int, Order] = {}
+        self._samples: dict[tuple[Place, tuple[int, int] | None], Sample] = {}
+        self._announced: set[Span] = set()
+
+    @property
+    def sets(self) -> list[ShardSet]:
+        return [part.data for part in self.parts.values()]
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard, data set after data set."""
+        return [count for data in self.sets for count in data.counts]
 
     @property
     def place(self) -> tuple[int, int]:
@@ -97,113 +128,147 @@ class ShardStream(IterableDataset):
             return distributed.get_rank(), distributed.get_world_size()
         return 0, 1
 
-    def plan(self, workers: int = 1) -> Plan:
-        """This rank's piece of an epoch. Raises ValueError for fewer shards than readers."""
+    def order(self, lanes: int) -> Order:
+        """Of a training with as many lanes (the ranks that began the epoch), or of validation."""
+        if lanes not in self._orders:
+            self._orders[lanes] = self._mixed(lanes) if self.shuffle else self._sequential()
+        return self._orders[lanes]
+
+    def _sequential(self) -> Order:
+        if self.buckets:
+            raise ValueError("buckets are for training: validate on squares")
+        return SequentialOrder(self.counts)
+
+    def _mixed(self, lanes: int) -> Order:
+        orders = [self._shuffled(name, part.data, lanes) for name, part in self.parts.items()]
+        if len(orders) == 1:
+            return orders[0]
+        size = sum(order.size for order in orders)
+        if self.samples_per_epoch is not None:
+            size = self.samples_per_epoch // orders[0].samples
+        weights = [part.weight for part in self.parts.values()]
+        return MixedOrder(orders, weights, lanes=lanes, size=size)
+
+    def _shuffled(self, name: str, data: ShardSet, lanes: int) -> Order:
+        seed = f"{self.seed}/{name}"
+        if self.buckets is None:
+            return ShuffledOrder(data.counts, seed=seed, window=self.buffer, lanes=lanes)
+        assigned = [self.buckets.assign(sizes) for sizes in data.sizes()]
+        return BucketOrder(
+            assigned,
+            self.buckets.shapes,
+            batch_size=self.batch_size,
+            seed=seed,
+            window=self.buffer,
+        )
+
+    def share(self, taken: int = 0, lanes: int = 0) -> Share | Slice:
+        """This rank's batches of an epoch of which `taken` units have been used.
+
+        Raises ValueError where a training would have none in a whole epoch.
+        """
         rank, world = self.place
-        readers = world * max(workers, 1)
-        if len(self.paths) < readers:
+        order = self.order(lanes or world)
+        units = -(-self.batch_size // order.samples)
+        if not self.shuffle:
+            return Slice(order.size, rank, world, units)
+        if order.size < units * world:
             raise ValueError(
-                f"{len(self.paths)} shards are fewer than {world} ranks x {max(workers, 1)} "
-                "workers: use fewer workers or more shards"
+                f"{sum(self.counts)} samples cannot fill one batch of {self.batch_size} "
+                f"on each of {world} ranks"
             )
-        make = plan_train if self.shuffle else plan_validation
-        return make(sum(self.counts), self.batch_size, rank, world)
+        return Share(taken, order.size, rank, world, units)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from (`epoch`, `done`) to the end of the epoch, of this worker's lane.
+        """Batches from (`epoch`, `start`, `done`) to the end of the epoch, shared out in turns.
 
         Besides its keys each batch holds `bad` (reasons and how often) and `slots` (samples tried),
         which ShardLoader takes out and counts.
         """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return self._batches(self.epoch, self.done, worker, workers)
+        for data in self.sets:
+            data.forget_losses()
+        share, order = self.share(self.start, self.lanes), self.order(self.lanes or self.place[1])
+        batches = range(self.done + worker, share.batches, workers)
+        return self._batches(order, share, self.epoch, batches)
 
-    def _batches(self, epoch: int, done: int, worker: int, workers: int) -> Iterator[Batch]:
-        # Worker 0 is asked first: after a resume it takes the lane whose turn it is.
-        lane = (worker + done) % workers
-        skip = len(range(lane, done, workers))
-        slots = self._slots(epoch, lane, workers)
-        recent: deque[Slot] = deque(maxlen=REPLACEMENTS)
-        recent.extend(islice(slots, skip * self.batch_size))
-        while group := list(islice(slots, self.batch_size)):
-            yield self._batch(group, recent, epoch)
-            recent.extend(group)
+    def _batches(
+        self, order: Order, share: Share | Slice, epoch: int, batches: range
+    ) -> Iterator[Batch]:
+        for batch in batches:
+            self._announce(order.ahead(epoch, share.numbers(batch)[0]))
+            yield self._batch(order, share, epoch, batch)
 
-    def _slots(self, epoch: int, lane: int, lanes: int) -> Iterator[Slot]:
-        first, stop = self.plan(lanes).lane(lane, lanes)
-        if not self.shuffle:
-            return self._read(range(len(self.paths)), first, stop)
-        order = shard_order(len(self.paths), seed=self.seed, epoch=epoch)
-        rng = random.Random(f"{self.seed}/{epoch}/{self.place[0]}/{lane}/buffer")
-        return shuffled(self._read(order, first, stop), self.buffer, rng)
+    def _announce(self, spans: list[Span]) -> None:
+        """Let stores and the system fetch what comes after the window that is being read."""
+        for span in spans:
+            if span not in self._announced:
+                self.sets[span.data_set].prepare(span.shard, span.first, span.stop)
+        self._announced = set(spans)
 
-    def _read(self, order: Sequence[int], first: int, stop: int) -> Iterator[Slot]:
-        """Exactly the slots [first, stop) of the line, whatever the shards really hold."""
-        for span in spans(order, self.counts, first, stop):
-            raws = islice(chain(self._shard(span.shard), repeat(None)), span.first, span.stop)
-            for position, raw in enumerate(raws, span.first):
-                yield Slot(span.shard, position, raw)
-
-    def _shard(self, shard: int) -> Iterable[Raw]:
-        if not self.cache:
-            return self._stored(shard)
-        if shard not in self._raws:
-            self._raws[shard] = list(self._stored(shard))
-        return self._raws[shard]
-
-    def _stored(self, shard: int) -> Iterator[Raw]:
-        """Samples of a shard up to where it breaks off, if it does."""
-        try:
-            yield from read_shard(self.paths[shard])
-        except (DataError, OSError) as error:
-            log.warning("the rest of a shard is lost: %s", error)
-
-    def _batch(self, group: list[Slot], recent: Iterable[Slot], epoch: int) -> Batch:
+    def _batch(self, order: Order, share: Share | Slice, epoch: int, batch: int) -> Batch:
+        units = [order.unit(epoch, number) for number in share.numbers(batch)]
+        places, shape = [place for unit in units for place in unit.places], units[0].shape
         bad: Counter[str] = Counter()
-        samples = [self._sample(slot, bad) for slot in group]
+        samples = [self._sample(place, shape, bad) for place in places]
         good = [sample for sample in samples if sample is not None]
         if self.shuffle and len(good) < len(samples):
-            good = self._replaced(samples, recent)
-        images = [self._finish(sample, epoch) for sample in good]
-        return {
-            "key": [sample.key for sample in good],
-            "image": torch.stack(images) if images else torch.empty(0),  # (B, 3, S, S)
-            "caption": [sample.caption for sample in good],
-            "bad": dict(bad),
-            "slots": len(group),
-        }
+            earlier = (order.unit(epoch, number) for number in share.earlier(batch))
+            before = (place for unit in earlier for place in unit.places)
+            good = self._replaced(samples, shape, islice(before, REPLACEMENTS))
+        rngs = [random.Random(f"{self.seed}/{epoch}/{sample.key}") for sample in good]
+        images = [self._cut(*pair, shape) for pair in zip(good, rngs, strict=True)]
+        captions = [self._caption(*pair) for pair in zip(good, rngs, strict=True)]
+        batch_of = collate(good, [image for image in images if image is not None], captions)
+        return batch_of | {"bad": dict(bad), "slots": len(places)}
 
-    def _replaced(self, samples: list[Sample | None], recent: Iterable[Slot]) -> list[Sample]:
+    def _replaced(
+        self, samples: list[Sample | None], shape: tuple[int, int] | None, before: Iterable[Place]
+    ) -> list[Sample]:
         """Bad samples replaced by good ones of the same batch, or else by those just before it."""
         spare = [sample for sample in samples if sample is not None]
-        for slot in reversed(list(recent)):
+        for place in before:
             if spare:
                 break
-            spare = [sample for sample in [self._sample(slot, Counter())] if sample is not None]
+            spare = [s for s in [self._sample(place, shape, Counter())] if s is not None]
         if not spare:
             raise DataError(f"not one of {len(samples)} samples in a row could be used")
         spares = cycle(spare)
         return [next(spares) if sample is None else sample for sample in samples]
 
-    def _sample(self, slot: Slot, bad: Counter[str]) -> Sample | None:
-        place = (slot.shard, slot.position)
-        if place in self._samples:
-            return self._samples[place]
+    def _sample(
+        self, place: Place, shape: tuple[int, int] | None, bad: Counter[str]
+    ) -> Sample | None:
+        if (place, shape) in self._samples:
+            return self._samples[place, shape]
+        data = self.sets[place.data_set]
         try:
-            if slot.raw is None:
-                raise BadSample("lost with its shard")
-            sample = decode(slot.raw, self.transform, captioned=self.captioned)
+            raw = data.read(place.shard, place.position)
+            captions = data.captions(place.shard, str(raw["__key__"]))
+            sample = decode(
+                raw, self.transform, captioned=self.captioned, shape=shape, captions=captions
+            )
         except BadSample as reason:
             bad[str(reason)] += 1
             return None
         if self.cache:
-            self._samples[place] = sample
+            self._samples[place, shape] = sample
         return sample
 
-    def _finish(self, sample: Sample, epoch: int) -> Tensor:
-        rng = random.Random(f"{self.seed}/{epoch}/{sample.key}")
-        return self.transform.finish(sample.pixels, rng)  # (3, S, S)
+    def _cut(
+        self, sample: Sample, rng: random.Random, shape: tuple[int, int] | None
+    ) -> Tensor | None:
+        """uint8 (3, S, S), or (3, height, width) of a bucket; None for tokens."""
+        if sample.pixels is None:
+            return None
+        return self.transform.cut(sample.pixels, rng, shape)
+
+    def _caption(self, sample: Sample, rng: random.Random) -> str:
+        if not sample.captions:
+            return sample.caption
+        weights = self.caption_weights or dict.fromkeys(sample.captions, 1.0)
+        return sample.choose_caption(weights, rng)
 
     def count(self, batch: Batch) -> Batch:
         """Take `bad` and `slots` out of a batch. Raises DataError above `max_bad` of bad."""
@@ -219,15 +284,27 @@ class ShardStream(IterableDataset):
         return batch
 
 
+def parts_of(
+    urls: ShardSet | str | Path | Iterable[str | Path] | None, mixture: Mapping[str, Part] | None
+) -> dict[str, Part]:
+    """The data sets of a stream by name. Raises ValueError unless there is one of the two."""
+    if (urls is None) == (not mixture):
+        raise ValueError("give one of urls and mixture")
+    if urls is None:
+        return dict(mixture or {})
+    return {"": Part(urls if isinstance(urls, ShardSet) else ShardSet(urls))}
+
+
 class ShardLoader(DataLoader):
     """A DataLoader of a ShardStream that knows how far it has got.
 
     An iteration goes on where the last one stopped (validation streams start over) and ends with
     the epoch; the next one is the next epoch, so nobody has to set it. `state_dict` counts the
     batches handed out, not those that workers hold ready: after `load_state_dict` the next batch is
-    the very one that would have come, whatever `num_workers` was ready to give. A state saved with
-    other ranks, workers or batch size cannot be placed in the epoch: the rest of that epoch is left
-    out, so no sample comes twice in it.
+    the very one that would have come. With another number of ranks or workers, or another batch
+    size, the epoch goes on with the samples that are left of it: none comes twice, none is lost.
+    A batch of buckets cannot be taken up in another size: then the rest of the epoch is left out.
+    Raises DataError naming the worker and the signal where a worker process is killed.
     """
 
     def __init__(self, stream: ShardStream, *, num_workers: int = 0, **options: Any):
@@ -235,44 +312,85 @@ class ShardLoader(DataLoader):
             raise ValueError(f"cache keeps images in this process: num_workers {num_workers} not 0")
         super().__init__(stream, batch_size=None, num_workers=num_workers, **options)
         self.stream = stream
-        self._epoch, self._done, self._resumed = 0, 0, False
+        self._epoch, self._resumed = 0, False
+        self._start, self._lanes = 0, 0  # of the epoch, when the present layout took it up
+        self._before, self._done = 0, 0  # batches until then and since
 
     def __len__(self) -> int:
-        """Batches an epoch on this rank."""
-        return self.stream.plan(self.num_workers).batches
+        """Batches of the epoch on this rank, those before a resumption counted in."""
+        return self._before + self._share().batches
+
+    def _share(self) -> Share | Slice:
+        return self.stream.share(self._start, self._lanes)
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch, self._start, self._lanes = epoch, 0, 0
+        self._before, self._done = 0, 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator around theirs
-        batches = len(self)
         if not (self.stream.shuffle or self._resumed):
-            self._done = 0
+            self._begin(self._epoch)
         self._resumed = False
-        self.stream.epoch, self.stream.done = self._epoch, self._done
-        return self._count_out(super().__iter__(), batches)
+        share = self._share()
+        if self._done == share.batches:
+            self._begin(self._epoch + self.stream.shuffle)
+            share = self._share()
+        self._lanes = self._lanes or self.stream.place[1]
+        stream = self.stream
+        stream.epoch, stream.lanes = self._epoch, self._lanes
+        stream.start, stream.done = self._start, self._done
+        return self._count_out(super().__iter__(), share.batches)
 
     def _count_out(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
-        for batch in batches:
+        while (batch := self._next(batches)) is not None:
+            batch = self.stream.count(batch)
             self._done += 1
             if self._done == total:
-                self._epoch, self._done = self._epoch + self.stream.shuffle, 0
-            batch = self.stream.count(batch)
+                self._begin(self._epoch + self.stream.shuffle)
             if batch["key"]:
                 yield batch
 
+    @staticmethod
+    def _next(batches: Iterator[Batch]) -> Batch | None:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise DataError(f"a process that reads data has died: {reason}") from error
+
     def state_dict(self) -> dict[str, Any]:
-        """{"epoch", "batches" handed out in it, "layout": [ranks, workers, batch size]}."""
-        return {"epoch": self._epoch, "batches": self._done, "layout": self._layout()}
+        """Plain numbers. epoch, batches: handed out in it on this rank. units: taken by all ranks
+        together, of `unit` samples each, in as many `lanes`. samples: of the whole epoch.
+        """
+        share = self._share()
+        taken = self._done * share.units * self.stream.place[1]
+        return {
+            "epoch": self._epoch,
+            "batches": self._before + self._done,
+            "units": self._start + taken,
+            "unit": self._order().samples,
+            "lanes": self._lanes or self.stream.place[1],
+            "samples": sum(self.stream.counts),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch, self._done = int(state["epoch"]), int(state["batches"])
+        self._begin(int(state["epoch"]))
         self._resumed = True
-        layout = state.get("layout", self._layout())
-        if self._done and layout != self._layout():
+        if not self.stream.shuffle:
+            self._done = min(int(state["batches"]), self._share().batches)
+            return
+        now = {"unit": self._order().samples, "samples": sum(self.stream.counts)}
+        stored = {name: state[name] for name in now}
+        if state["batches"] and stored != now:
             log.warning(
-                "data state of ranks, workers, batch size %s met with %s: the rest of epoch %d "
-                "is left out",
-                *(layout, self._layout(), self._epoch),
+                "the data state is of %s and this run of %s: the rest of epoch %d is left out",
+                *(stored, now, self._epoch),
             )
-            self._epoch, self._done = self._epoch + 1, 0
+            return self._begin(self._epoch + 1)
+        self._before, self._start = int(state["batches"]), int(state["units"])
+        self._lanes = int(state["lanes"]) if self._before else 0
 
-    def _layout(self) -> list[int]:
-        return [self.stream.place[1], max(self.num_workers, 1), self.stream.batch_size]
+    def _order(self) -> Order:
+        return self.stream.order(self._lanes or self.stream.place[1])

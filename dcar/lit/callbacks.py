@@ -122,13 +122,38 @@ class Throughput(Callback):
         if self.batches <= self.warmup:
             self._restart()
             return
-        self.images += len(batch["image"]) * trainer.world_size
+        self.images += len(batch["key"]) * trainer.world_size
         self.counted += 1
         if self.counted == self.every_steps:
             elapsed = self.ended - self.begun
             pl_module.log("perf/images_per_second", self.images / elapsed, prog_bar=True)
             pl_module.log("data/wait_share", self.waited / elapsed)
             self._restart()
+
+
+class SkippedSamples(Callback):
+    """`data/skipped`: training samples that could not be used so far on this rank, also by reason.
+
+    every_steps: batches between two looks at the counts.
+    """
+
+    def __init__(self, *, every_steps: int = 20):
+        self.every_steps = every_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        stream = getattr(trainer.train_dataloader, "stream", None)
+        if stream is None or batch_idx % self.every_steps:
+            return
+        pl_module.log("data/skipped", float(sum(stream.skipped.values())))
+        for reason, count in stream.skipped.items():
+            pl_module.log(f"data/skipped_{reason.replace(' ', '_')}", float(count))
 
 
 class ConfigText(Callback):

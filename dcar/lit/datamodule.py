@@ -33,6 +33,17 @@ class ShardDataModule(LightningDataModule):
         streams = [partial() for partial in self.val_streams.values()]
         return [ShardLoader(stream, num_workers=self.num_workers) for stream in streams]
 
+    def token_facts(self) -> list[dict[str, Any]]:
+        """What the manifests of token shards say of their tokens, with split and `folder`."""
+        streams = {"train": self.train_stream, **self.val_streams}
+        return [
+            {"split": name, **facts}
+            for name, partial in streams.items()
+            for data in partial().sets
+            for facts in data.facts()
+            if facts.get("kind") == "tokens"
+        ]
+
     def preview_batches(self) -> Iterator[dict[str, Any]]:
         """Training batches from the start of the stream, without moving the trainer's own."""
         return iter(ShardLoader(self.train_stream()))

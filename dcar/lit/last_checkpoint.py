@@ -9,6 +9,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from dcar.data.members import DataError
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -22,6 +24,9 @@ class Interrupted(BaseException):
 
 class LastCheckpoint(Checkpoint):
     """Saves `folder/last.ckpt` every `every_steps` steps, at the last one, on Ctrl-C and SIGTERM.
+
+    Also when the data fail (a process that reads them is killed, too many samples are bad), unless
+    other ranks would have to take part, which are then waiting in another place.
 
     On a signal the step in progress is finished (and validation, if it is running), the checkpoint
     is written and `Interrupted` is raised. A second signal ends the process at once.
@@ -81,3 +86,5 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._restore_handlers()
+        if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.training:
+            self._save(trainer)

@@ -1,80 +1,196 @@
-"""Orders: every sample once, equal shares, the same numbers every time."""
+"""Orders: every sample once an epoch, the same for everyone, taken up anywhere by anyone."""
 
-import random
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcar.data.order import Plan, plan_train, plan_validation, shard_order, shuffled, spans
+from dcar.data.order import (
+    BucketOrder,
+    Line,
+    MixedOrder,
+    Order,
+    Place,
+    SequentialOrder,
+    Share,
+    ShuffledOrder,
+    Slice,
+    Span,
+    permutation,
+)
 
-small = st.integers(1, 6)
+counts_of = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 
-def line(counts: list[int], order: list[int]) -> list[tuple[int, int]]:
-    return [(shard, place) for shard in order for place in range(counts[shard])]
+def places(order: Order, epoch: int = 0) -> list[Place]:
+    return [p for number in range(order.size) for p in order.unit(epoch, number).places]
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
-def test_spans_cut_the_line_where_they_are_told(counts, data):
-    first = data.draw(st.integers(0, sum(counts)))
-    stop = data.draw(st.integers(first, sum(counts)))
-    order = shard_order(len(counts), seed=3, epoch=1)
-    pieces = [
-        (s.shard, i) for s in spans(order, counts, first, stop) for i in range(s.first, s.stop)
+def everything(counts: Sequence[int]) -> list[Place]:
+    return [Place(shard, i) for shard, count in enumerate(counts) for i in range(count)]
+
+
+def shuffled(counts: Sequence[int], *, seed: str = "s", window: int = 16, lanes: int = 1):
+    return ShuffledOrder(counts, seed=seed, window=window, lanes=lanes)
+
+
+def test_a_permutation_is_the_same_on_every_machine() -> None:
+    assert permutation(10, "0/train/0/shards") == (1, 7, 8, 9, 0, 2, 5, 4, 6, 3)
+
+
+@given(counts_of)
+def test_a_line_finds_every_sample_of_shards_of_any_size(counts: list[int]) -> None:
+    order = permutation(len(counts), "x")
+    line = Line(counts, order)
+    found = [line.place(number) for number in range(sum(counts))]
+    assert found == [Place(shard, i) for shard in order for i in range(counts[shard])]
+
+
+@given(counts_of, st.integers(0, 60), st.integers(0, 60))
+def test_spans_are_the_places_of_a_piece_of_the_line(counts: list[int], first: int, more: int):
+    line = Line(counts, range(len(counts)))
+    stop = min(first + more, sum(counts))
+    inside = [
+        Place(span.shard, position)
+        for span in line.spans(first, stop)
+        for position in range(span.first, span.stop)
     ]
-    assert pieces == line(counts, order)[first:stop]
+    assert inside == [line.place(number) for number in range(first, stop)]
 
 
-@given(st.integers(0, 200), small, small, small)
-def test_lanes_of_all_ranks_share_a_validation_set_out_once(samples, batch, world, workers):
-    taken = Counter(
-        place
-        for rank in range(world)
-        for worker in range(workers)
-        for place in range(*plan_validation(samples, batch, rank, world).lane(worker, workers))
-    )
-    assert taken == Counter(range(samples))
+@given(counts_of, st.integers(1, 5), st.integers(1, 50))
+def test_an_epoch_has_every_sample_once_but_what_the_lanes_leave(
+    counts: list[int], lanes: int, window: int
+) -> None:
+    found = places(shuffled(counts, window=window, lanes=lanes))
+    assert len(found) == sum(counts) // lanes * lanes
+    assert not Counter(found) - Counter(everything(counts))
 
 
-@given(st.integers(1, 300), small, small, small)
-def test_training_lanes_hold_equal_full_batches_and_share_nothing(samples, batch, world, workers):
-    if samples < batch * world:
-        with pytest.raises(ValueError, match=str(samples)):
-            plan_train(samples, batch, 0, world)
-        return
-    plans = [plan_train(samples, batch, rank, world) for rank in range(world)]
-    assert len({plan.batches for plan in plans}) == 1
-    lanes = [plan.lane(worker, workers) for plan in plans for worker in range(workers)]
-    assert all((stop - first) % batch == 0 for first, stop in lanes)
-    places = [place for lane in lanes for place in range(*lane)]
-    assert len(places) == len(set(places)) == plans[0].batches * batch * world
-    assert samples - len(places) < batch * world
+def test_seeds_and_epochs_differ_and_repeat() -> None:
+    counts = [30, 20, 10]
+    runs = [places(shuffled(counts, seed=s), e) for s in ("a", "b") for e in (0, 1)]
+    assert len({tuple(run) for run in runs}) == 4
+    assert places(shuffled(counts, seed="a"), 1) == runs[1]
 
 
-@given(st.integers(0, 99), small, small)
-def test_earlier_workers_never_run_out_first(samples, batch, workers):
-    plan = Plan(7, 7 + samples, batch)
-    sizes = [stop - first for first, stop in (plan.lane(w, workers) for w in range(workers))]
-    batches = [-(-size // batch) for size in sizes]
-    assert batches == sorted(batches, reverse=True)
-    assert sum(batches) == plan.batches
+def test_samples_move_within_their_window_only_and_shards_anywhere() -> None:
+    order = shuffled([100] * 4, window=10)
+    line = order.line(0)
+    numbers = [line.order.index(p.shard) * 100 + p.position for p in places(order)]
+    assert all(abs(number - at) < 10 for at, number in enumerate(numbers))
+    assert numbers != sorted(numbers)
+    assert line.order != order.line(1).order
 
 
-def test_the_shard_order_depends_on_seed_and_epoch_alone():
-    orders = {(s, e): tuple(shard_order(20, seed=s, epoch=e)) for s in range(3) for e in range(3)}
-    assert len(set(orders.values())) == 9
-    assert all(sorted(order) == list(range(20)) for order in orders.values())
-    assert orders[1, 2] == tuple(shard_order(20, seed=1, epoch=2))
+def test_each_rank_reads_a_piece_of_the_shards_of_its_own() -> None:
+    order = shuffled([50] * 8, lanes=4)
+    by_rank = [
+        {order.unit(0, n).places[0].shard for n in range(rank, order.size, 4)} for rank in range(4)
+    ]
+    assert [len(shards) for shards in by_rank] == [2] * 4
+    assert sorted(shard for shards in by_rank for shard in shards) == list(range(8))
 
 
-@given(st.integers(0, 50), st.integers(1, 20))
-def test_a_shuffle_buffer_loses_and_doubles_nothing(count, size):
-    assert sorted(shuffled(range(count), size, random.Random(0))) == list(range(count))
+@settings(max_examples=200)
+@given(
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=8),
+    layouts=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(0, 6)), min_size=1, max_size=4
+    ),
+)
+def test_ranks_and_batch_sizes_may_change_at_any_time_within_an_epoch(counts, layouts) -> None:
+    """Nothing comes twice, and at the end less than one batch of all ranks is left."""
+    order = shuffled(counts, lanes=layouts[0][0])
+    taken, seen = 0, []
+    for turn, (world, units, batches) in enumerate(layouts):
+        shares = [Share(taken, order.size, rank, world, units) for rank in range(world)]
+        last = turn == len(layouts) - 1
+        number = shares[0].batches if last else min(batches, shares[0].batches)
+        assert {share.batches for share in shares} == {shares[0].batches}
+        for batch in range(number):
+            seen += [n for share in shares for n in share.numbers(batch)]
+        taken += number * world * units
+    assert sorted(seen) == list(range(taken))
+    assert order.size - taken < layouts[-1][0] * layouts[-1][1]
 
 
-def test_a_shuffle_buffer_shuffles_and_repeats_itself():
-    once = list(shuffled(range(100), 30, random.Random(5)))
-    assert once != list(range(100))
-    assert once == list(shuffled(range(100), 30, random.Random(5)))
+@given(st.integers(0, 100), st.integers(1, 5), st.integers(1, 7))
+def test_validation_takes_every_sample_once_over_all_ranks(total, world, units) -> None:
+    slices = [Slice(total, rank, world, units) for rank in range(world)]
+    numbers = [n for part in slices for batch in range(part.batches) for n in part.numbers(batch)]
+    assert numbers == list(range(total))
+
+
+def test_what_was_before_a_batch_is_this_rank_s_own_nearest_first() -> None:
+    share = Share(12, 100, rank=1, world=2, units=3)
+    assert share.numbers(1) == [19, 21, 23]
+    assert list(share.earlier(1)) == [17, 15, 13, 11, 9, 7, 5, 3, 1]
+    part = Slice(20, rank=1, world=2, units=4)
+    assert list(part.earlier(1)) == [13, 12, 11, 10]
+
+
+def test_what_lies_ahead_is_the_window_after_this_one() -> None:
+    order = shuffled([10, 10, 10], window=8)
+    line = order.line(0)
+    assert order.ahead(0, 0) == order.ahead(0, 7) == line.spans(8, 16)
+    assert order.ahead(0, 29) == []
+    assert SequentialOrder([3, 3]).ahead(0, 1) == [Span(1, 0, 1)]
+
+
+def buckets(counts: Sequence[int]) -> list[np.ndarray]:
+    return [np.arange(count) * (shard + 3) // 2 % 3 for shard, count in enumerate(counts)]
+
+
+def bucket_order(counts: Sequence[int], *, batch_size: int = 4, seed: str = "s") -> BucketOrder:
+    shapes = [(64, 64), (32, 128), (128, 32)]
+    return BucketOrder(buckets(counts), shapes, batch_size=batch_size, seed=seed, window=16)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 5))
+def test_batches_of_buckets_are_full_of_one_shape_and_leave_few_behind(counts, batch_size) -> None:
+    order, known = bucket_order(counts, batch_size=batch_size), buckets(counts)
+    seen = []
+    for number in range(order.size):
+        unit = order.unit(1, number)
+        of = {int(known[p.shard][p.position]) for p in unit.places}
+        assert len(unit.places) == batch_size and len(of) == 1
+        assert unit.shape == order.shapes[of.pop()]
+        seen += unit.places
+    assert len(seen) == len(set(seen)) > sum(counts) - 3 * batch_size
+
+
+def test_batches_of_buckets_come_mixed_and_new_each_epoch() -> None:
+    order = bucket_order([40, 40, 40])
+    shapes = [order.unit(0, number).shape for number in range(order.size)]
+    assert len(set(shapes[:9])) == 3
+    assert places(order, 0) != places(order, 1)
+    assert places(order, 0) == places(bucket_order([40, 40, 40]), 0)
+
+
+def mixed(lanes: int = 1, weights: Sequence[float] = (3, 1), size: int = 80) -> MixedOrder:
+    orders = [shuffled([20, 20], lanes=lanes), shuffled([7, 9, 9], seed="t", lanes=lanes)]
+    return MixedOrder(orders, weights, lanes=lanes, size=size)
+
+
+def test_a_mixture_takes_its_sets_in_proportion() -> None:
+    found = [p.data_set for epoch in range(100) for p in places(mixed(), epoch)]
+    assert found.count(0) / len(found) == 0.75
+    assert abs(found[:40].count(0) - 30) <= 1  # evenly, not in runs
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_each_set_of_a_mixture_goes_through_whole_epochs_of_its_own(lanes: int) -> None:
+    order = mixed(lanes)
+    found = [p for epoch in range(10) for p in places(order, epoch) if p.data_set == 1]
+    size = order.orders[1].size
+    for start in range(0, len(found) - size, size):
+        assert len(set(found[start : start + size])) == size
+
+
+def test_weights_too_small_to_be_chosen_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weights \[10000, 1\]"):
+        mixed(weights=(10_000, 1))

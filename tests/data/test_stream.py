@@ -1,52 +1,23 @@
-"""Streams: who sees what, in which order, what happens to bad samples, and exact resumption."""
+"""Streams: what a batch holds, what happens to bad samples, mixtures, buckets, captions, tokens."""
 
-import io
+import json
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import lightning
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
-from torch import Tensor
 
+from dcar.data.buckets import Buckets
+from dcar.data.members import DataError
 from dcar.data.samples import Sample
-from dcar.data.shards import DataError, write_manifest, write_shards
-from dcar.data.stream import Batch, ShardLoader, ShardStream
+from dcar.data.shard_set import ShardSet
+from dcar.data.shards import write_manifest, write_shards
+from dcar.data.stream import Part, ShardLoader, ShardStream
 from dcar.data.transforms import ImageTransform
-
-UNEVEN = (13, 7, 10, 9)  # samples per shard
-
-
-def row(key: str) -> dict[str, bytes | str]:
-    buffer = io.BytesIO()
-    shade = 37 * int(key[1:]) % 256
-    image = Image.new("RGB", (12, 8), (shade, 0, 0))
-    image.paste((0, shade, 255), (3, 0, 7, 8))
-    image.save(buffer, "PNG")
-    return {"__key__": key, "png": buffer.getvalue(), "txt": f"picture {key}".encode()}
-
-
-def build(
-    folder: Path, sizes: tuple[int, ...] = UNEVEN, bad: dict[str, dict] | None = None
-) -> Path:
-    entries, start = [], 0
-    for shard, size in enumerate(sizes):
-        rows = [row(f"k{number:04d}") for number in range(start, start + size)]
-        rows = [
-            {
-                kind: data
-                for kind, data in {**each, **(bad or {}).get(each["__key__"], {})}.items()
-                if data
-            }
-            for each in rows
-        ]
-        entries += write_shards(rows, folder, f"s{shard}", size)
-        start += size
-    write_manifest(folder, {"train": entries})
-    return folder
+from tests.shards import UNEVEN, build, keys, row, same, stream
 
 
 @pytest.fixture(scope="module")
@@ -54,68 +25,11 @@ def shards(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("uneven"))
 
 
-def stream(folder: Path, **settings) -> ShardStream:
-    transform = ImageTransform(8, crop="random", flip=True)
-    base = {"transform": transform, "batch_size": 3, "seed": 7, "shuffle": True, "buffer": 8}
-    return ShardStream(folder / "s*.tar", **{**base, **settings})
-
-
-def keys(batches) -> list[str]:
-    return [key for batch in batches for key in batch["key"]]
-
-
-def same(one: Batch, two: Batch) -> bool:
-    return one["key"] == two["key"] and torch.equal(one["image"], two["image"])
-
-
 def test_a_batch_holds_the_documented_keys_and_shapes(shards):
     batch = next(iter(ShardLoader(stream(shards))))
     assert set(batch) == {"key", "image", "caption"}
     assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.float32
     assert batch["caption"] == [f"picture {key}" for key in batch["key"]]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_order_is_a_function_of_seed_and_epoch(shards, workers):
-    def epochs(seed: int) -> list[list[str]]:
-        loader = ShardLoader(stream(shards, seed=seed), num_workers=workers)
-        return [keys(loader) for _ in range(2)]
-
-    first = epochs(1)
-    assert first == epochs(1)
-    assert len({tuple(order) for order in first + epochs(2)}) == 4
-
-
-@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (1, 2), (2, 2), (4, 0), (3, 1)])
-def test_every_rank_has_the_same_number_of_full_batches_and_shares_no_sample(
-    shards, world, workers
-):
-    seen: list[str] = []
-    for rank in range(world):
-        loader = ShardLoader(stream(shards, rank=rank, world=world), num_workers=workers)
-        batches = list(loader)
-        assert len(batches) == len(loader) == sum(UNEVEN) // (3 * world)
-        assert all(len(batch["key"]) == 3 for batch in batches)
-        seen += keys(batches)
-    assert len(seen) == len(set(seen))
-
-
-@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (1, 2), (2, 2), (4, 0)])
-def test_validation_visits_every_sample_once_over_ranks_and_workers(shards, world, workers):
-    settings = {"shuffle": False, "batch_size": 4, "world": world}
-    seen: Counter[str] = Counter()
-    for rank in range(world):
-        loader = ShardLoader(stream(shards, rank=rank, **settings), num_workers=workers)
-        batches = list(loader)
-        assert len(batches) == len(loader)
-        seen.update(keys(batches))
-    assert seen == Counter(f"k{number:04d}" for number in range(sum(UNEVEN)))
-
-
-def test_validation_starts_over_after_a_broken_off_iteration(shards):
-    loader = ShardLoader(stream(shards, shuffle=False))
-    first = [batch["key"] for batch in islice(iter(loader), 2)]
-    assert [batch["key"] for batch in islice(iter(loader), 2)] == first
 
 
 def test_without_a_manifest_the_shards_are_counted(shards, tmp_path):
@@ -149,9 +63,9 @@ def test_the_cache_changes_no_batch(shards):
 
 
 def test_a_cache_that_a_resumed_epoch_filled_in_part_loses_nothing(shards):
-    resumed, plain = ShardLoader(stream(shards, cache=True)), ShardLoader(stream(shards))
-    for loader in (resumed, plain):
-        loader.load_state_dict({"epoch": 0, "batches": 9})
+    plain, resumed = ShardLoader(stream(shards)), ShardLoader(stream(shards, cache=True))
+    list(islice(iter(plain), 9))
+    resumed.load_state_dict(plain.state_dict())
     for _ in range(3):
         assert all(same(*pair) for pair in zip(resumed, plain, strict=True))
     assert not resumed.stream.skipped
@@ -160,71 +74,6 @@ def test_a_cache_that_a_resumed_epoch_filled_in_part_loses_nothing(shards):
 def test_one_shard_too_is_shuffled_anew_each_epoch(tmp_path):
     loader = ShardLoader(stream(build(tmp_path, sizes=(30,))))
     assert len({tuple(keys(loader)) for _ in range(3)}) == 3
-
-
-def test_a_cache_with_workers_is_refused(shards):
-    with pytest.raises(ValueError, match="num_workers 2"):
-        ShardLoader(stream(shards, cache=True), num_workers=2)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [1, 4, 5, 12, 13, 17])
-def test_a_resumed_loader_gives_exactly_the_next_batches(shards, workers, stop):
-    straight = ShardLoader(stream(shards), num_workers=workers)
-    expected = [batch for _ in range(2) for batch in straight]
-    stopped = ShardLoader(stream(shards), num_workers=workers)
-    taken = 0
-    while taken < stop:  # 13 batches an epoch: the last cases stop in the second
-        for _ in stopped:
-            taken += 1
-            if taken == stop:
-                break
-    resumed = ShardLoader(stream(shards), num_workers=workers)
-    resumed.load_state_dict(stopped.state_dict())
-    rest = list(resumed) + (list(resumed) if stop < 13 else [])
-    assert len(rest) == len(expected) - stop
-    assert all(same(*pair) for pair in zip(rest, expected[stop:], strict=True))
-
-
-def test_resuming_decodes_no_skipped_picture(shards, monkeypatch):
-    loader = ShardLoader(stream(shards))
-    loader.load_state_dict({"epoch": 0, "batches": 10})
-    decoded = []
-    read = ImageTransform.read
-    monkeypatch.setattr(
-        ImageTransform, "read", lambda self, data: decoded.append(1) or read(self, data)
-    )
-    assert len(list(loader)) == 3 and len(decoded) == 9
-
-
-def test_the_state_counts_batches_handed_out_not_those_that_workers_hold(shards):
-    loader = ShardLoader(stream(shards), num_workers=2, prefetch_factor=3)
-    batches = iter(loader)
-    for taken in range(1, 5):
-        next(batches)
-        assert loader.state_dict()["batches"] == taken
-    assert len(list(batches)) == 9
-    assert (loader.state_dict()["epoch"], loader.state_dict()["batches"]) == (1, 0)
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_resuming_with_other_ranks_repeats_no_sample_in_the_epoch(shards, ranks, caplog):
-    loader = ShardLoader(stream(shards, rank=0, world=2))
-    next(iter(loader))
-    resumed = ShardLoader(stream(shards, rank=0, world=ranks))
-    resumed.load_state_dict(loader.state_dict())
-    assert "the rest of epoch 0 is left out" in caplog.text
-    fresh = ShardLoader(stream(shards, rank=0, world=ranks))
-    fresh.load_state_dict({"epoch": 1, "batches": 0})
-    assert all(same(*pair) for pair in zip(resumed, fresh, strict=True))
-
-
-def test_fewer_shards_than_readers_is_an_error_before_the_first_step(shards):
-    loader = ShardLoader(stream(shards, rank=0, world=3), num_workers=2)
-    with pytest.raises(ValueError, match="4 shards are fewer than 3 ranks x 2 workers"):
-        len(loader)
-    with pytest.raises(ValueError, match="4 shards are fewer than 3 ranks x 2 workers"):
-        iter(loader)
 
 
 def test_too_few_samples_for_one_batch_is_an_error(shards):
@@ -260,9 +109,10 @@ def test_batches_of_one_bad_sample_take_the_one_before_and_resume_exactly(tmp_pa
     folder = build(tmp_path, bad=bad)
     expected = list(ShardLoader(stream(folder, batch_size=1, max_bad=1.0)))
     assert len(expected) == sum(UNEVEN)
-    for done in range(1, len(expected)):
+    straight = ShardLoader(stream(folder, batch_size=1, max_bad=1.0))
+    for done, _ in enumerate(islice(iter(straight), len(expected) - 1), start=1):
         resumed = ShardLoader(stream(folder, batch_size=1, max_bad=1.0))
-        resumed.load_state_dict({"epoch": 0, "batches": done})
+        resumed.load_state_dict(straight.state_dict())
         assert same(next(iter(resumed)), expected[done])
 
 
@@ -310,13 +160,6 @@ def test_a_set_without_one_good_sample_is_an_error_not_a_hang(tmp_path):
         list(ShardLoader(stream(folder)))
 
 
-@pytest.mark.slow  # torch takes seconds to let go of a worker that raised
-def test_what_a_worker_cannot_read_reaches_the_training_process(tmp_path):
-    folder = build(tmp_path, sizes=(6, 6), bad={f"k{n:04d}": {"txt": b""} for n in range(12)})
-    with pytest.raises(DataError, match="not one of 3 samples"):
-        list(ShardLoader(stream(folder), num_workers=1))
-
-
 def test_a_sample_is_prepared_before_chance_comes_in(shards):
     cached = stream(shards, cache=True)
     list(ShardLoader(cached))
@@ -324,60 +167,167 @@ def test_a_sample_is_prepared_before_chance_comes_in(shards):
     assert {sample.pixels.shape for sample in cached._samples.values()} == {(8, 12, 3)}
 
 
-class Recorder(lightning.LightningModule):
-    """Remembers the batches it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.batches: list[Batch] = []
-
-    def training_step(self, batch: Batch) -> Tensor:
-        self.batches.append({"key": batch["key"], "image": batch["image"].clone()})
-        return (self.weight * batch["image"]).mean()
-
-    def validation_step(self, batch: Batch) -> None:
-        pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def other(folder: Path, count: int = 8) -> Path:
+    """A second data set: keys from k1000 on."""
+    rows = [row(f"k{number}") for number in range(1000, 1000 + count)]
+    write_manifest(folder, {"train": write_shards(rows, folder, "t", 5)})
+    return folder
 
 
-def fit(
-    folder: Path, root: Path, *, steps: int, workers: int, ckpt: Path | None = None
-) -> Recorder:
-    module = Recorder()
-    saving = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=[saving],
-        default_root_dir=root,
-        logger=False,
-        val_check_interval=5,
-        num_sanity_val_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+def mixture(shards: Path, second: Path, **settings) -> ShardLoader:
+    parts = {
+        "main": Part(ShardSet(shards / "s*.tar"), weight=2),
+        "more": Part(ShardSet(second / "t*.tar"), weight=1),
+    }
+    transform = ImageTransform(8)
+    base = {"transform": transform, "batch_size": 3, "seed": 7, "shuffle": True, "buffer": 8}
+    return ShardLoader(ShardStream(mixture=parts, **{**base, **settings}))
+
+
+def test_a_mixture_draws_by_weight_and_each_set_goes_round_at_its_own_pace(shards, tmp_path):
+    loader = mixture(shards, other(tmp_path), samples_per_epoch=45)
+    drawn = [key for _ in range(6) for key in keys(loader)]
+    from_second = [key for key in drawn if key >= "k1000"]
+    assert len(drawn) == 6 * 45 and abs(len(from_second) - len(drawn) / 3) <= 1
+    assert all(len(set(from_second[i : i + 8])) == 8 for i in range(0, len(from_second) - 8, 8))
+
+
+def test_a_mixture_is_taken_up_exactly(shards, tmp_path):
+    straight, stopped = (mixture(shards, other(tmp_path)) for _ in range(2))
+    expected = list(straight) + list(straight)
+    list(islice(iter(stopped), 15)), list(islice(iter(stopped), 4))
+    resumed = mixture(shards, other(tmp_path))
+    resumed.load_state_dict(stopped.state_dict())
+    assert all(same(*pair) for pair in zip(resumed, expected[19:], strict=True))
+
+
+def test_an_epoch_of_a_mixture_is_as_long_as_one_says(shards, tmp_path):
+    assert len(mixture(shards, other(tmp_path), samples_per_epoch=30)) == 10
+
+
+def test_urls_or_a_mixture_but_not_both_nor_neither(shards):
+    data = ShardSet(shards / "s*.tar")
+    settings = {"transform": ImageTransform(8), "batch_size": 1, "seed": 0, "shuffle": True}
+    for given in ({}, {"urls": data, "mixture": {"a": Part(data)}}):
+        with pytest.raises(ValueError, match="one of urls and mixture"):
+            ShardStream(**given, **settings)
+
+
+def of_many_shapes(folder: Path, *, with_sizes: bool) -> Path:
+    heights = [(number // 2) % 3 for number in range(40)]
+    sizes = {0: (30, 31), 1: (60, 15), 2: (16, 60)}  # (width, height)
+    rows = [row(f"k{n:04d}", *sizes[kind]) for n, kind in enumerate(heights)]
+    entries = write_shards(rows, folder, "s", 15)
+    listed = np.array([sizes[kind] for kind in heights], np.uint16)
+    named = {e.name: listed[15 * i : 15 * i + e.samples] for i, e in enumerate(entries)}
+    write_manifest(folder, {"train": entries}, sizes=named if with_sizes else None)
+    return folder
+
+
+@pytest.mark.parametrize("with_sizes", [True, False])
+def test_a_batch_of_buckets_holds_pictures_of_one_shape(tmp_path, with_sizes):
+    folder = of_many_shapes(tmp_path, with_sizes=with_sizes)
+    buckets = Buckets(area=8, multiple=4, max_ratio=4)
+    loader = ShardLoader(stream(folder, buckets=buckets))
+    batches = list(loader)
+    shapes = Counter(tuple(batch["image"].shape[2:]) for batch in batches)
+    assert set(shapes) == {(8, 8), (4, 16), (16, 4)} and len(batches) == len(loader) == 12
+    assert len(keys(batches)) == len(set(keys(batches))) == 36
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_buckets_are_taken_up_exactly_and_by_other_ranks(tmp_path, world):
+    folder = of_many_shapes(tmp_path, with_sizes=True)
+    options = {"buckets": Buckets(area=8, multiple=4, max_ratio=4)}
+    straight = list(ShardLoader(stream(folder, **options)))
+    stopped = ShardLoader(stream(folder, **options))
+    list(islice(iter(stopped), 4))
+    rest = {}
+    for rank in range(world):
+        resumed = ShardLoader(stream(folder, rank=rank, world=world, **options))
+        resumed.load_state_dict(stopped.state_dict())
+        rest |= {4 + rank + world * turn: batch for turn, batch in enumerate(resumed)}
+    assert all(same(rest[number], straight[number]) for number in range(4, 12))
+
+
+def captioned(folder: Path, shards: Path) -> Path:
+    """Caption shards: two captions by name for each key but the first of each shard."""
+    for path in sorted(shards.glob("*.tar")):
+        first = int({"s0": 0, "s1": 13, "s2": 20, "s3": 30}[path.name[:2]])
+        size = UNEVEN[int(path.name[1])]
+        rows = [
+            {
+                "__key__": f"k{n:04d}",
+                "json": json.dumps({"captions": {"long": f"long {n}", "short": f"s {n}"}}).encode(),
+            }
+            for n in range(first + 1, first + size)
+        ]
+        write_shards(rows, folder, path.stem.partition("-")[0], 100)
+    return folder
+
+
+def test_captions_of_parallel_shards_are_drawn_by_weight(shards, tmp_path):
+    data = ShardSet(shards / "s*.tar", captions=captioned(tmp_path, shards))
+    settings = {"transform": ImageTransform(8), "batch_size": 3, "seed": 7, "buffer": 8}
+    weights = {"own": 1, "long": 2, "short": 1}
+    loader = ShardLoader(ShardStream(data, shuffle=True, caption_weights=weights, **settings))
+    drawn = Counter(
+        caption.split()[0] for _ in range(20) for batch in loader for caption in batch["caption"]
     )
-    loaders = (
-        ShardLoader(stream(folder), num_workers=workers),
-        ShardLoader(stream(folder, shuffle=False)),
-    )
-    trainer.fit(module, *loaders, ckpt_path=ckpt)
-    return module
+    total = sum(drawn.values())
+    assert set(drawn) == {"picture", "long", "s"}
+    assert abs(drawn["long"] / total - 0.5) < 0.07 and abs(drawn["s"] / total - 0.25) < 0.06
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("workers, stops", [(0, (1, 6, 12, 13, 14)), (2, (6,))])
-def test_lightning_resumes_at_exactly_the_next_batch(shards, tmp_path, workers, stops):
-    straight = fit(shards, tmp_path / "straight", steps=18, workers=workers)
-    assert len(straight.batches) == 18  # 13 batches an epoch
-    for stop in stops:
-        saved = tmp_path / "straight" / f"step={stop}.ckpt"
-        resumed = fit(shards, tmp_path / f"from{stop}", steps=18, workers=workers, ckpt=saved)
-        assert len(resumed.batches) == 18 - stop
-        rest = zip(resumed.batches, straight.batches[stop:], strict=True)
-        assert all(same(*pair) for pair in rest)
-        state = torch.load(saved, weights_only=True)["loops"]["fit_loop"]["state_dict"]
-        (loader_state,) = state["combined_loader"]
-        assert (loader_state["epoch"], loader_state["batches"]) == divmod(stop, 13)
+def test_a_sample_keeps_its_own_words_where_no_caption_was_made(shards, tmp_path):
+    data = ShardSet(shards / "s*.tar", captions=captioned(tmp_path, shards))
+    settings = {"transform": ImageTransform(8), "batch_size": 3, "seed": 7, "shuffle": False}
+    loader = ShardLoader(ShardStream(data, **settings))
+    words = {k: c for b in loader for k, c in zip(b["key"], b["caption"], strict=True)}
+    assert [key for key, caption in words.items() if caption.startswith("picture")] == [
+        "k0000",
+        "k0013",
+        "k0020",
+        "k0030",
+    ]
+
+
+def tokens(folder: Path) -> Path:
+    import io
+
+    def npy(array: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        return buffer.getvalue()
+
+    rows = [
+        {
+            "__key__": f"k{n:04d}",
+            "ids.npy": npy(np.full((2, 2), n, np.uint16)),
+            "residual.npy": npy(np.full((4, 2, 2), n / 8, np.float16)),
+            "text.npy": npy(np.full((1 + n % 3, 5), n, np.float16)),
+            "txt": f"picture {n}".encode(),
+        }
+        for n in range(9)
+    ]
+    write_manifest(folder, {"train": write_shards(rows, folder, "s", 4)}, kind="tokens", size=16)
+    return folder
+
+
+def test_shards_of_tokens_give_batches_of_tokens(tmp_path):
+    loader = ShardLoader(stream(tokens(tmp_path), shuffle=False))
+    batch = list(loader)[1]
+    assert set(batch) == {"key", "caption", "ids", "residual", "text", "text_mask"}
+    assert batch["ids"].shape == (3, 2, 2) and batch["ids"].dtype == torch.int64
+    assert batch["residual"].shape == (3, 4, 2, 2) and batch["residual"].dtype == torch.float32
+    assert batch["ids"][:, 0, 0].tolist() == [3, 4, 5]
+    assert torch.equal(batch["residual"][:, 0, 0, 0], torch.tensor([3, 4, 5]) / 8)
+    assert batch["text"].shape == (3, 3, 5)
+    assert batch["text_mask"].sum(1).tolist() == [1, 2, 3]
+    assert batch["text"][batch["text_mask"]].min() == 3 and batch["text"][0, 1:].sum() == 0
+
+
+def test_tokens_among_pictures_are_an_error(shards, tmp_path):
+    both = shutil.copytree(shards, tmp_path / "both")
+    with pytest.raises(DataError, match="a picture"):
+        list(ShardLoader(stream(tokens(both), batch_size=7)))

@@ -6,13 +6,17 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dcar.data.stream import ShardLoader
+from dcar.data.transforms import ImageTransform
 from dcar.lit.callbacks import (
     CodebookHistogram,
     ConfigText,
     ReconstructionGrid,
     SampleGrid,
+    SkippedSamples,
     Throughput,
 )
+from tests.shards import build, stream
 from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer
 
 
@@ -58,3 +62,17 @@ def test_generator_run_draws_the_fixed_prompts_at_every_validation(tmp_path: Pat
 def test_a_grid_without_prompts_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one prompt"):
         SampleGrid(prompts=[])
+
+
+def test_samples_that_could_not_be_used_are_counted_by_reason(tmp_path: Path) -> None:
+    folder = build(tmp_path / "shards", bad={"k0005": {"png": b"no"}, "k0020": {"txt": b""}})
+    loader = ShardLoader(stream(folder, transform=ImageTransform(32), batch_size=4, max_bad=1.0))
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    callbacks = [SkippedSamples(every_steps=1)]
+    trainer = toy_trainer(9, callbacks=callbacks, logger=logger, log_every_n_steps=1)
+    trainer.fit(toy_stage(1), loader)
+    logger.finalize("success")
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    last = {tag: shown.Scalars(tag)[-1].value for tag in shown.Tags()["scalars"]}
+    assert last["data/skipped"] == 2
+    assert last["data/skipped_broken_image"] == last["data/skipped_no_caption"] == 1

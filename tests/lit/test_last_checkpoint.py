@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from dcar.data.members import DataError
 from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint
 from tests.toys import ToyData, toy_stage, toy_trainer
 
@@ -76,6 +77,36 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(tmp_path: Path) -
     with pytest.raises(Interrupted):
         toy_trainer(6, callbacks=callbacks).fit(toy_stage(2), datamodule=ToyData())
     resumed = toy_stage(2)
+    toy_trainer(6).fit(resumed, datamodule=ToyData(), ckpt_path=tmp_path / "last.ckpt")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+class FailingData(ToyData):
+    """Its training batches end with an error of the data."""
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        batches = type(loader).__iter__
+
+        class Failing(type(loader)):
+            def __iter__(self):
+                for number, batch in enumerate(batches(self)):
+                    yield batch
+                    if number == 2:
+                        raise DataError("a process that reads data has died")
+
+        loader.__class__ = Failing
+        return loader
+
+
+def test_data_that_fail_leave_a_checkpoint_of_every_step_taken(tmp_path: Path) -> None:
+    callbacks = [LastCheckpoint(folder=tmp_path, every_steps=100)]
+    with pytest.raises(DataError):
+        toy_trainer(9, callbacks=callbacks).fit(toy_stage(1), datamodule=FailingData())
+    assert step_of(tmp_path) == 3
+    straight, resumed = toy_stage(1), toy_stage(1)
+    toy_trainer(6).fit(straight, datamodule=ToyData())
     toy_trainer(6).fit(resumed, datamodule=ToyData(), ckpt_path=tmp_path / "last.ckpt")
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name

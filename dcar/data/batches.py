@@ -1,0 +1,60 @@
+"""Samples to a batch. B images, S side, C latent channels, H W latent grid, L text rows, E width.
+
+Batch keys, used by every module:
+  key        list[str]                   name of the sample, unique in its data set
+  caption    list[str]
+  image      (B, 3, S, S) float32        in [-1, 1]; (B, 3, height, width) of a bucket
+or, from shards of tokens, in place of `image`:
+  ids        (B, H, W) int64
+  residual   (B, C, H, W) float32
+  text       (B, L, E) float32           where the shards hold it
+  text_mask  (B, L) bool
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcar.data.members import DataError
+from dcar.data.samples import Sample
+from dcar.data.transforms import to_unit_range
+
+Batch = dict[str, Any]
+
+
+def collate(samples: Sequence[Sample], images: Sequence[Tensor], captions: list[str]) -> Batch:
+    """A batch of pictures (images: uint8 (3, height, width)), or of tokens where no sample has one.
+
+    Raises DataError for tokens that do not fit together, or tokens among pictures.
+    """
+    batch: Batch = {"key": [sample.key for sample in samples], "caption": captions}
+    if not any(sample.tokens for sample in samples):
+        stacked = torch.stack(list(images)) if images else torch.empty(0, dtype=torch.uint8)
+        return batch | {"image": to_unit_range(stacked)}
+    shapes = {tuple(s.tokens["ids"].shape) if s.tokens else "a picture" for s in samples}
+    kinds = {tuple(sorted(sample.tokens)) for sample in samples}
+    if len(shapes) > 1 or len(kinds) > 1:
+        raise DataError(f"one batch holds tokens of {shapes} with {kinds}: they do not fit")
+    return batch | _tokens(samples)
+
+
+def _tokens(samples: Sequence[Sample]) -> Batch:
+    ids = np.stack([sample.tokens["ids"] for sample in samples]).astype(np.int64)
+    residual = np.stack([sample.tokens["residual"] for sample in samples]).astype(np.float32)
+    batch: Batch = {"ids": torch.from_numpy(ids), "residual": torch.from_numpy(residual)}
+    if "text" in samples[0].tokens:
+        batch |= pad_text([sample.tokens["text"] for sample in samples])
+    return batch
+
+
+def pad_text(texts: Sequence[np.ndarray]) -> Batch:
+    """Text embeddings of (rows, E) each -> `text` (B, L, E) and its `text_mask` (B, L)."""
+    lengths = torch.tensor([len(text) for text in texts])
+    text = torch.zeros(len(texts), int(lengths.max()), texts[0].shape[1])  # (B, L, E)
+    for row, embedding in zip(text, texts, strict=True):
+        row[: len(embedding)] = torch.from_numpy(embedding.astype(np.float32))
+    mask = torch.arange(text.shape[1]) < lengths[:, None]  # (B, L)
+    return {"text": text, "text_mask": mask}

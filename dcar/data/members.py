@@ -1,0 +1,37 @@
+"""What a shard may hold: the closed list of member types, and how samples and data go wrong."""
+
+from webdataset.tariterators import base_plus_ext
+
+IMAGE_TYPES = ("webp", "png", "jpg", "jpeg")
+TOKEN_TYPES = ("ids.npy", "residual.npy", "text.npy")
+MEMBER_TYPES = (*IMAGE_TYPES, "txt", "json", "cls", *TOKEN_TYPES)
+MAX_MEMBER_BYTES = 256 * 2**20
+
+Raw = dict[str, bytes | str]  # {"__key__": "3d/red-apple", "webp": bytes, "txt": bytes}
+
+
+class DataError(RuntimeError):
+    """The data cannot be read as they must be: a shard, a sample, or too many samples."""
+
+
+class BadSample(ValueError):
+    """A sample that training goes on without; the message is the reason it is counted under."""
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, type) of a member's name, None where the type is not one of MEMBER_TYPES.
+
+    As webdataset does: the key ends at the first dot of the last part, types have no case. A
+    leading `./`, which some archivers write, is not part of the key.
+    """
+    key, kind = base_plus_ext(name.removeprefix("./"))
+    if key is None or kind.lower() not in MEMBER_TYPES:
+        return None
+    return key, kind.lower()
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError for a key that would not come back from a shard, or leave its folder."""
+    parts = key.split("/")
+    if "" in parts or "." in parts or ".." in parts or "." in parts[-1]:
+        raise ValueError(f"key {key!r}: a relative path without '..' and no dot in its last part")

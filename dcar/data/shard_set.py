@@ -1,0 +1,188 @@
+"""The shards of one data set, wherever they lie: counts, facts, and any sample by its place."""
+
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcar.data.cache import ShardCache
+from dcar.data.images import image_size
+from dcar.data.index import ShardIndex, count_samples
+from dcar.data.members import BadSample, DataError, Raw
+from dcar.data.samples import image_bytes
+from dcar.data.shards import ShardEntry, read_facts, read_manifest, read_sizes
+from dcar.data.storage import SCHEMES, expand, is_remote, join, name_of, parent
+
+OPEN_SHARDS, INDEXED_SAMPLES = 64, 300_000  # held open by one reader
+
+log = logging.getLogger(__name__)
+
+
+def default_cache() -> Path:
+    """`shards` below $DCAR_CACHE, or below the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DCAR_CACHE") or Path(home) / "dcar") / "shards"
+
+
+def caption_names(data: bytes | str) -> dict[str, str]:
+    """Captions by name of a `json` member; {} where it holds none."""
+    try:
+        captions = json.loads(data)["captions"]
+        words = {str(name): text for name, text in captions.items() if isinstance(text, str)}
+        return {name: text for name, text in words.items() if text}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+class OpenShards:
+    """Indexes of shards by URL, opened when asked for and closed when too many are open.
+
+    One process alone uses an open file: a copy in another one, forked or unpickled, starts empty.
+    """
+
+    def __init__(self, cache: ShardCache):
+        self.cache = cache
+        self._open: OrderedDict[str, ShardIndex] = OrderedDict()
+        self._lost: set[str] = set()
+        self._owner = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def get(self, url: str, entry: ShardEntry | None) -> ShardIndex | None:
+        """None, after a warning, for a shard that cannot be had; it is not tried twice."""
+        if self._owner != os.getpid():
+            self._open, self._owner = OrderedDict(), os.getpid()
+        if url not in self._open:
+            if url in self._lost or (index := self._opened(url, entry)) is None:
+                return None
+            self._open[url] = index
+            self._close_old()
+        self._open.move_to_end(url)
+        return self._open[url]
+
+    def _opened(self, url: str, entry: ShardEntry | None) -> ShardIndex | None:
+        try:
+            index = ShardIndex(self.cache.fetch(url, entry))
+        except (DataError, OSError) as error:
+            self._lost.add(url)
+            log.warning("a shard is lost: %s", error)
+            return None
+        if index.broken:
+            log.warning("the rest of a shard is lost: %s: %s", index.path, index.broken)
+        return index
+
+    def _close_old(self) -> None:
+        while len(self._open) > 1 and self._too_many():
+            self._open.popitem(last=False)[1].close()
+
+    def _too_many(self) -> bool:
+        held = sum(len(index) for index in self._open.values())
+        return len(self._open) > OPEN_SHARDS or held > INDEXED_SAMPLES
+
+    def forget_losses(self) -> None:
+        self._lost.clear()
+
+    def prepare(self, url: str, entry: ShardEntry | None, first: int, stop: int) -> None:
+        """Download a remote shard in the background; have the system load a part of a local one."""
+        if url in self._lost:
+            return
+        if is_remote(url) and url not in self._open:
+            self.cache.prefetch(url, entry)
+        elif index := self.get(url, entry):
+            index.advise(first, stop)
+
+
+class ShardSet:
+    """Shards by path, glob, brace pattern or URL, of one or more folders.
+
+    captions: folders of caption shards: the same shard names and keys, `json` members that hold
+        {"captions": {name: words}}.
+    cache: where remote shards are kept; a folder of the user's cache directory by default.
+    schemes: of URLs that may be opened; "pipe" runs a shell and is only taken where it is named.
+    Raises FileNotFoundError for missing shards, ValueError for a scheme that is not allowed.
+    """
+
+    def __init__(
+        self,
+        urls: str | Path | Iterable[str | Path],
+        *,
+        captions: str | Path | Sequence[str | Path] = (),
+        cache: ShardCache | None = None,
+        schemes: Sequence[str] = SCHEMES,
+    ):
+        self.urls = expand(urls, schemes=schemes)
+        self.cache = cache or ShardCache(default_cache(), schemes=schemes)
+        self.folders = sorted({parent(url) for url in self.urls})
+        manifests = {folder: read_manifest(folder) for folder in self.folders if _listed(folder)}
+        self.entries = [manifests.get(parent(url), {}).get(name_of(url)) for url in self.urls]
+        self.counts = [
+            entry.samples if entry else count_samples(self.cache.fetch(url))
+            for url, entry in zip(self.urls, self.entries, strict=True)
+        ]
+        folders = [captions] if isinstance(captions, str | Path) else list(captions)
+        self.caption_folders = [str(folder) for folder in folders]
+        self.shards = OpenShards(self.cache)
+
+    def read(self, shard: int, position: int) -> Raw:
+        """Raises BadSample where the sample cannot be used."""
+        index = self.shards.get(self.urls[shard], self.entries[shard])
+        if index is None or position >= len(index):
+            raise BadSample("lost with its shard")
+        return index.read(position)
+
+    def captions(self, shard: int, key: str) -> dict[str, str]:
+        """Further captions of a sample, by name, from the caption shards."""
+        found: dict[str, str] = {}
+        for folder in self.caption_folders:
+            index = self.shards.get(join(folder, name_of(self.urls[shard])), None)
+            position = index.find(key) if index else None
+            if index and position is not None:
+                found |= caption_names(index.read(position).get("json", b""))
+        return found
+
+    def prepare(self, shard: int, first: int, stop: int) -> None:
+        """Samples [first, stop) of a shard are read soon, in some order: let them be fetched."""
+        self.shards.prepare(self.urls[shard], self.entries[shard], first, stop)
+
+    def forget_losses(self) -> None:
+        """Try again what could not be had."""
+        self.shards.forget_losses()
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What the manifests say about how the shards were made, with their `folder`."""
+        return [read_facts(folder) | {"folder": folder} for folder in self.folders]
+
+    def sizes(self) -> list[np.ndarray]:
+        """(width, height) of each picture in pixels, uint16 (samples, 2) a shard.
+
+        From `sizes.npz` where it lies beside the shards, else from the headers of the pictures.
+
+        A sample without a readable picture has size (1, 1): it is found out when it is read.
+        """
+        stored = {folder: read_sizes(folder) for folder in self.folders if _listed(folder)}
+        found = []
+        for shard, url in enumerate(self.urls):
+            sizes = stored.get(parent(url), {}).get(name_of(url))
+            if sizes is None or len(sizes) != self.counts[shard]:
+                log.info("%s: reading the sizes of %d pictures", url, self.counts[shard])
+                sizes = np.array(list(self._measure(shard)), np.uint16).reshape(-1, 2)
+            found.append(sizes)
+        return found
+
+    def _measure(self, shard: int) -> Iterator[tuple[int, int]]:
+        for position in range(self.counts[shard]):
+            try:
+                yield image_size(image_bytes(self.read(shard, position)))
+            except ValueError:
+                yield 1, 1
+
+
+def _listed(folder: str) -> bool:
+    """Whether a manifest may lie in a folder; `pipe:` has none."""
+    return not folder.startswith("pipe:")

@@ -1,0 +1,305 @@
+"""Loaders: how far they have got, taken up exactly, by as many ranks and workers as there are."""
+
+import os
+import signal
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from dcar.data.batches import Batch
+from dcar.data.members import DataError
+from dcar.data.stream import ShardLoader
+from dcar.data.transforms import ImageTransform
+from tests.shards import UNEVEN, build, everything, keys, same, stream
+
+BATCHES = sum(UNEVEN) // 3  # an epoch of one rank
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("uneven"))
+
+
+def loader_of(folder: Path, workers: int = 0, **options) -> ShardLoader:
+    return ShardLoader(stream(folder, **options), num_workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_is_a_function_of_seed_and_epoch(shards, workers):
+    def epochs(seed: int) -> list[list[str]]:
+        loader = loader_of(shards, workers, seed=seed)
+        return [keys(loader) for _ in range(2)]
+
+    first = epochs(1)
+    assert first == epochs(1)
+    assert len({tuple(order) for order in first + epochs(2)}) == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_changes_no_batch(shards, workers):
+    alone, helped = loader_of(shards), loader_of(shards, workers)
+    assert all(same(*pair) for pair in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (1, 2), (2, 2), (4, 0), (3, 1), (8, 0)])
+def test_every_rank_has_the_same_number_of_full_batches_and_shares_no_sample(
+    shards, world, workers
+):
+    """Also with more readers than shards: every one of them has its share."""
+    seen: list[str] = []
+    for rank in range(world):
+        loader = loader_of(shards, workers, rank=rank, world=world)
+        batches = list(loader)
+        assert len(batches) == sum(UNEVEN) // world * world // (3 * world)
+        assert all(len(batch["key"]) == 3 for batch in batches)
+        seen += keys(batches)
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (1, 2), (2, 2), (4, 0)])
+def test_validation_visits_every_sample_once_over_ranks_and_workers(shards, world, workers):
+    seen: Counter[str] = Counter()
+    for rank in range(world):
+        loader = loader_of(shards, workers, shuffle=False, batch_size=4, rank=rank, world=world)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        seen.update(keys(batches))
+    assert seen == Counter(everything())
+
+
+def test_validation_starts_over_after_a_broken_off_iteration(shards):
+    loader = loader_of(shards, shuffle=False)
+    first = [batch["key"] for batch in islice(iter(loader), 2)]
+    assert [batch["key"] for batch in islice(iter(loader), 2)] == first
+
+
+def test_a_cache_with_workers_is_refused(shards):
+    with pytest.raises(ValueError, match="num_workers 2"):
+        loader_of(shards, 2, cache=True)
+
+
+def take(loader: ShardLoader, count: int) -> list[Batch]:
+    """The next batches, over the ends of epochs, as a trainer that is stopped would take them."""
+    taken: list[Batch] = []
+    while len(taken) < count:
+        taken += islice(iter(loader), count - len(taken))
+    return taken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 4, 5, 12, 13, 17])
+def test_a_resumed_loader_gives_exactly_the_next_batches(shards, workers, stop):
+    expected = take(loader_of(shards, workers), 2 * BATCHES)
+    stopped = loader_of(shards, workers)
+    take(stopped, stop)
+    resumed = loader_of(shards, workers)
+    resumed.load_state_dict(stopped.state_dict())
+    rest = take(resumed, 2 * BATCHES - stop)
+    assert all(same(*pair) for pair in zip(rest, expected[stop:], strict=True))
+
+
+kills = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(stops=kills, workers=st.sampled_from([0, 2]), world=st.sampled_from([1, 2]))
+def test_random_kills_leave_the_series_of_batches_as_it_was(shards, stops, workers, world):
+    """Each rank is stopped and taken up again after any number of batches, several times."""
+    for rank in range(world):
+        options = {"rank": rank, "world": world}
+        expected = take(loader_of(shards, workers, **options), sum(stops) + 2)
+        state, batches = None, []
+        for stop in [*stops, 2]:
+            loader = loader_of(shards, workers, **options)
+            if state is not None:
+                loader.load_state_dict(state)
+            batches += take(loader, stop)
+            state = loader.state_dict()
+        assert all(same(*pair) for pair in zip(batches, expected, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    done=st.integers(0, 5),
+    before=st.sampled_from([1, 2, 3]),
+    after=st.sampled_from([1, 2, 4]),
+    batch_size=st.sampled_from([2, 3]),
+)
+def test_other_ranks_and_batch_sizes_go_on_with_what_is_left(shards, done, before, after, batch_size):
+    """Saved with one number of ranks, resumed with another: no sample twice, none lost."""
+    seen: list[str] = []
+    done = min(done, len(loader_of(shards, rank=0, world=before)) - 1)
+    for rank in range(before):
+        loader = loader_of(shards, rank=rank, world=before)
+        seen += keys(take(loader, done))
+        state = loader.state_dict()
+    for rank in range(after):
+        loader = loader_of(shards, rank=rank, world=after, batch_size=batch_size)
+        loader.load_state_dict(state)
+        if len(loader) > state["batches"]:
+            rest = list(loader)
+            assert len(rest) == len(loader_of_state(shards, state, after, batch_size)) - done
+            seen += keys(rest)
+    assert len(seen) == len(set(seen))
+    assert len(seen) > sum(UNEVEN) // before * before - after * batch_size
+
+
+def loader_of_state(shards: Path, state: dict, world: int, batch_size: int) -> ShardLoader:
+    loader = loader_of(shards, rank=0, world=world, batch_size=batch_size)
+    loader.load_state_dict(state)
+    return loader
+
+
+def test_after_a_change_of_ranks_the_next_epoch_is_a_fresh_one(shards):
+    loader = loader_of(shards, rank=0, world=2)
+    take(loader, 2)
+    resumed = loader_of(shards, rank=0, world=1)
+    resumed.load_state_dict(loader.state_dict())
+    list(resumed)
+    fresh = loader_of(shards, rank=0, world=1)
+    take(fresh, BATCHES)
+    assert all(same(*pair) for pair in zip(resumed, fresh, strict=True))
+
+
+def test_a_state_of_other_shards_leaves_out_the_rest_of_the_epoch(shards, tmp_path, caplog):
+    loader = loader_of(shards)
+    take(loader, 3)
+    resumed = loader_of(build(tmp_path, sizes=(20, 20)))
+    resumed.load_state_dict(loader.state_dict())
+    assert "the rest of epoch 0 is left out" in caplog.text
+    assert resumed.state_dict()["epoch"] == 1
+
+
+def test_resuming_reads_and_decodes_nothing_that_is_skipped(shards, monkeypatch):
+    stopped = loader_of(shards)
+    take(stopped, 10)
+    loader = loader_of(shards)
+    loader.load_state_dict(stopped.state_dict())
+    decoded = []
+    read = ImageTransform.read
+    monkeypatch.setattr(
+        ImageTransform, "read", lambda self, data, shape: decoded.append(1) or read(self, data, shape)
+    )
+    assert len(list(loader)) == 3 and len(decoded) == 9
+
+
+def test_the_state_counts_batches_handed_out_not_those_that_workers_hold(shards):
+    loader = ShardLoader(stream(shards), num_workers=2, prefetch_factor=3)
+    batches = iter(loader)
+    for taken in range(1, 5):
+        next(batches)
+        assert loader.state_dict()["batches"] == taken
+    assert len(list(batches)) == 9
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batches"]) == (1, 0)
+
+
+def test_a_killed_worker_is_named(shards):
+    loader = loader_of(shards, 2)
+    batches = iter(loader)
+    next(batches)
+    worker = batches.gi_frame.f_locals["batches"]._workers[1]
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=f"reads data has died.*pid.*{worker.pid}"):
+        list(batches)
+
+
+@pytest.mark.slow  # torch takes seconds to let go of a worker that raised
+def test_what_a_worker_cannot_read_reaches_the_training_process(tmp_path):
+    folder = build(tmp_path, sizes=(6, 6), bad={f"k{n:04d}": {"txt": b""} for n in range(12)})
+    with pytest.raises(DataError, match="not one of 3 samples"):
+        list(loader_of(folder, 1))
+
+
+class Recorder(lightning.LightningModule):
+    """Remembers the batches it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: list[Batch] = []
+
+    def training_step(self, batch: Batch) -> Tensor:
+        self.batches.append(batch | {"image": batch["image"].clone()})
+        return (self.weight * batch["image"]).mean()
+
+    def validation_step(self, batch: Batch) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(
+    folder: Path,
+    root: Path,
+    *,
+    steps: int,
+    workers: int = 0,
+    ckpt: Path | None = None,
+    **options: Any,
+) -> Recorder:
+    module = Recorder()
+    saving = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[saving],
+        default_root_dir=root,
+        logger=False,
+        val_check_interval=5,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loaders = (loader_of(folder, workers, **options), loader_of(folder, shuffle=False))
+    trainer.fit(module, *loaders, ckpt_path=ckpt)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers, stops", [(0, (1, 6, 12, 13, 14)), (2, (6,))])
+def test_lightning_resumes_at_exactly_the_next_batch(shards, tmp_path, workers, stops):
+    straight = fit(shards, tmp_path / "straight", steps=18, workers=workers)
+    assert len(straight.batches) == 18
+    for stop in stops:
+        saved = tmp_path / "straight" / f"step={stop}.ckpt"
+        resumed = fit(shards, tmp_path / f"from{stop}", steps=18, workers=workers, ckpt=saved)
+        assert len(resumed.batches) == 18 - stop
+        rest = zip(resumed.batches, straight.batches[stop:], strict=True)
+        assert all(same(*pair) for pair in rest)
+        state = torch.load(saved, weights_only=True)["loops"]["fit_loop"]["state_dict"]
+        (loader_state,) = state["combined_loader"]
+        assert (loader_state["epoch"], loader_state["batches"]) == divmod(stop, BATCHES)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (1, 4)])
+def test_lightning_goes_on_with_other_ranks(shards, tmp_path, before, after):
+    """As a trainer of each rank would: the epoch ends with what was left of it, the next is whole."""
+    seen: list[str] = []
+    for rank in range(before):
+        seen += keys(fit(shards, tmp_path / f"r{rank}", steps=3, rank=rank, world=before).batches)
+    saved = tmp_path / "r0" / "step=3.ckpt"
+    left = (sum(UNEVEN) // before * before - len(seen)) // (3 * after)
+    full = sum(UNEVEN) // after * after // (3 * after)
+    for rank in range(after):
+        steps = 3 + left + full
+        options = {"rank": rank, "world": after}
+        run = fit(shards, tmp_path / f"then{rank}", steps=steps, ckpt=saved, **options)
+        seen += keys(run.batches[:left])
+        fresh = loader_of(shards, **options)
+        take(fresh, full)
+        assert keys(run.batches[left:]) == keys(fresh)
+    assert len(seen) == len(set(seen))
