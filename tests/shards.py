@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dcar.data.batches import Batch
+from dcar.data.shard_set import ShardSet
 from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
@@ -43,10 +44,11 @@ def build(
     return folder
 
 
-def stream(folder: Path, **settings: Any) -> ShardStream:
+def stream(data: Path | ShardSet, **settings: Any) -> ShardStream:
     transform = ImageTransform(8, crop="random", flip=True)
     base = {"transform": transform, "batch_size": 3, "seed": 7, "shuffle": True, "buffer": 8}
-    return ShardStream(folder / "s*.tar", **{**base, **settings})
+    urls = data / "s*.tar" if isinstance(data, Path) else data
+    return ShardStream(urls, **{**base, **settings})
 
 
 def keys(batches: Iterable[Batch]) -> list[str]:

@@ -16,17 +16,11 @@ from dcar.data.index import ShardIndex, count_samples
 from dcar.data.members import BadSample, DataError, Raw
 from dcar.data.samples import image_bytes
 from dcar.data.shards import ShardEntry, read_facts, read_manifest, read_sizes
-from dcar.data.storage import SCHEMES, expand, is_remote, join, name_of, parent
+from dcar.data.storage import expand, is_remote, join, name_of, parent
 
 OPEN_SHARDS, INDEXED_SAMPLES = 64, 300_000  # held open by one reader
 
 log = logging.getLogger(__name__)
-
-
-def default_cache() -> Path:
-    """`shards` below $DCAR_CACHE, or below the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DCAR_CACHE") or Path(home) / "dcar") / "shards"
 
 
 def caption_names(data: bytes | str) -> dict[str, str]:
@@ -103,8 +97,7 @@ class ShardSet:
 
     captions: folders of caption shards: the same shard names and keys, `json` members that hold
         {"captions": {name: words}}.
-    cache: where remote shards are kept; a folder of the user's cache directory by default.
-    schemes: of URLs that may be opened; "pipe" runs a shell and is only taken where it is named.
+    cache: where remote shards are kept, and the schemes of URLs that may be opened.
     Raises FileNotFoundError for missing shards, ValueError for a scheme that is not allowed.
     """
 
@@ -114,10 +107,9 @@ class ShardSet:
         *,
         captions: str | Path | Sequence[str | Path] = (),
         cache: ShardCache | None = None,
-        schemes: Sequence[str] = SCHEMES,
     ):
-        self.urls = expand(urls, schemes=schemes)
-        self.cache = cache or ShardCache(default_cache(), schemes=schemes)
+        self.cache = cache or ShardCache()
+        self.urls = expand(urls, schemes=self.cache.schemes)
         self.folders = sorted({parent(url) for url in self.urls})
         manifests = {folder: read_manifest(folder) for folder in self.folders if _listed(folder)}
         self.entries = [manifests.get(parent(url), {}).get(name_of(url)) for url in self.urls]

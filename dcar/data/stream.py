@@ -6,8 +6,11 @@ no reader holds a buffer, skips what others read, or depends on how many others 
 
 import logging
 import random
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -295,6 +298,22 @@ def parts_of(
     return {"": Part(urls if isinstance(urls, ShardSet) else ShardSet(urls))}
 
 
+@contextmanager
+def child_signals_left_alone() -> Iterator[None]:
+    """Undo torch's handler for the death of a worker, which raises wherever the process then is.
+
+    That may be half way through an optimizer step. The next batch tells of the death as well.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 class ShardLoader(DataLoader):
     """A DataLoader of a ShardStream that knows how far it has got.
 
@@ -304,7 +323,7 @@ class ShardLoader(DataLoader):
     the very one that would have come. With another number of ranks or workers, or another batch
     size, the epoch goes on with the samples that are left of it: none comes twice, none is lost.
     A batch of buckets cannot be taken up in another size: then the rest of the epoch is left out.
-    Raises DataError naming the worker and the signal where a worker process is killed.
+    Raises DataError naming the worker where a worker process is killed.
     """
 
     def __init__(self, stream: ShardStream, *, num_workers: int = 0, **options: Any):
@@ -339,7 +358,9 @@ class ShardLoader(DataLoader):
         stream = self.stream
         stream.epoch, stream.lanes = self._epoch, self._lanes
         stream.start, stream.done = self._start, self._done
-        return self._count_out(super().__iter__(), share.batches)
+        with child_signals_left_alone():
+            batches = super().__iter__()
+        return self._count_out(batches, share.batches)
 
     def _count_out(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
         while (batch := self._next(batches)) is not None:

@@ -2,11 +2,15 @@
 
 import io
 import json
+import random
+from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from dcar.data.samples import BadSample, decode, find, read_caption
+from dcar.data.members import BadSample
+from dcar.data.samples import Sample, decode, find, read_caption
 from dcar.data.shards import write_shards
 from dcar.data.transforms import ImageTransform
 
@@ -72,3 +76,58 @@ def test_find_brings_the_picture_and_caption_of_each_key(tmp_path):
     assert (image.size, image.getpixel((0, 0)), caption) == ((5, 5), (0, 0, 255), "blue")
     with pytest.raises(KeyError, match="s/none"):
         find(tmp_path / "x-*.tar", ["s/none", "s/red"])
+
+
+def npy(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def token_row(**members: bytes) -> dict:
+    tokens = {
+        "ids.npy": npy(np.arange(4, dtype=np.uint16).reshape(2, 2)),
+        "residual.npy": npy(np.ones((3, 2, 2), np.float16)),
+    }
+    named = {name.replace("_", "."): data for name, data in members.items()}
+    return {"__key__": "k", "txt": b"words", **tokens, **named}
+
+
+def test_tokens_are_read_as_stored_and_no_picture_is_asked_for():
+    sample = decode(token_row(text_npy=npy(np.ones((5, 8), np.float16))), TRANSFORM, captioned=True)
+    assert sample.pixels is None and sample.caption == "words"
+    assert {name: array.shape for name, array in sample.tokens.items()} == {
+        "ids": (2, 2),
+        "residual": (3, 2, 2),
+        "text": (5, 8),
+    }
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"ids_npy": b"no"},
+        {"ids_npy": npy(np.zeros((3, 3), np.uint16))},
+        {"ids_npy": npy(np.zeros((2, 2), np.int64))},
+        {"residual_npy": npy(np.zeros((2, 2), np.float16))},
+        {"residual_npy": npy(np.array([[["x", {}]]], dtype=object), allow_pickle=True)},
+    ],
+)
+def test_tokens_that_cannot_be_are_a_bad_sample_and_nothing_is_unpickled(members):
+    with pytest.raises(BadSample, match="broken tokens"):
+        decode(token_row(**members), TRANSFORM, captioned=True)
+
+
+def test_captions_from_elsewhere_are_words_too():
+    raw = {"__key__": "k", "png": picture()}
+    sample = decode(raw, TRANSFORM, captioned=True, captions={"long": "a long one"})
+    assert sample.choose_caption({"own": 1.0}, random.Random(0)) == "a long one"
+
+
+def test_a_caption_is_drawn_by_weight_among_those_that_are_there():
+    sample = Sample("k", "mine", None, {}, {"long": "a long one", "short": "s"})
+    drawn = Counter(
+        sample.choose_caption({"own": 1, "long": 3, "other": 9}, random.Random(seed))
+        for seed in range(400)
+    )
+    assert set(drawn) == {"mine", "a long one"} and abs(drawn["mine"] - 100) < 30

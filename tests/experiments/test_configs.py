@@ -1,13 +1,25 @@
 """Every YAML composes, its parts build (full sizes on the meta device), sizes are right."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dcar.data.shards import write_shards
 from experiments.config import CONFIGS, experiment_names, load_config
 from experiments.train import build
+from tests.shards import row
 
-GIVEN = {"sample": ["ckpt=x", "prompt=x"]}
+GIVEN = {
+    "sample": ["ckpt=x", "prompt=x"],
+    "data/build": ["source=folder", "in=x", "out=x"],
+    "data/verify": ["in=x"],
+    "data/stats": ["in=x"],
+    "data/peek": ["in=x"],
+    "data/precompute": ["in=x", "out=x", "tokenizer_from=x"],
+    "data/caption": ["in=x", "out=x", "model=x"],
+}
 GROUPS = [p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if "experiment" not in p.parts]
 
 
@@ -31,7 +43,7 @@ def count(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("name", [n for n in experiment_names() if "/" in n])
+@pytest.mark.parametrize("name", [n for n in experiment_names() if "/" in n and n[:5] != "data/"])
 def test_its_networks_build(name: str) -> None:
     config = load(name)
     parts = [part for part in ("tokenizer", "generator", "discriminator") if part in config]
@@ -67,6 +79,20 @@ def test_a_component_is_swapped_by_one_word(name: str, override: str) -> None:
     assert OmegaConf.select(before, key) != OmegaConf.select(after, key)
     with torch.device("meta"):
         build(after[key.split(".")[0]])
+
+
+@pytest.mark.parametrize("choice", ["journeydb", "journeydb_buckets", "mixture", "shards"])
+def test_captioned_data_are_swapped_by_one_word(choice: str, tmp_path: Path) -> None:
+    """Real shards behind each choice, and a batch of what it promises."""
+    rows = [row(f"k{number:04d}") for number in range(40)]
+    for split in ("journeydb-train", "journeydb-val", "own"):
+        write_shards(rows, tmp_path, split, 40)
+    urls = [f"{key}={tmp_path}/own-*.tar" for key in ("train_urls", "val_urls")]
+    sizes = ["size=128", "batch_size=2", "data.num_workers=0", f"data_root={tmp_path}"]
+    config = load("smoke/pretrain_256", f"data={choice}", *urls, *sizes)
+    batch = next(iter(build(config.data).train_dataloader()))
+    shape = (96, 160) if choice == "journeydb_buckets" else (128, 128)
+    assert tuple(batch["image"].shape) == (2, 3, *shape)
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=str)

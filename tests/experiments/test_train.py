@@ -1,8 +1,14 @@
 """The training task on the embedded data: smoke experiments end to end, resume, dry run."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,6 +18,7 @@ from experiments.config import load_config
 from experiments.run import RunOptions, main
 from experiments.sample import find_model
 from experiments.train import find_resume, resolve_precision, train
+from tests.toys import ROOT
 
 CHAIN = ("stage1", "stage2", "stage3", "pretrain_256", "finetune_512")
 
@@ -117,3 +124,50 @@ def test_a_named_precision_is_kept() -> None:
 def test_a_missing_stage_names_the_checkpoint_it_looked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="smoke/stage1/checkpoints/last.ckpt"):
         train(load_config("smoke/stage2", [f"outputs={tmp_path}"]), RunOptions())
+
+
+def wait_for(found, process: subprocess.Popen, seconds: float = 120.0):
+    """What `found` gives once it gives something."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        if result := found():
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"nothing came; exit {process.poll()}")
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_no_process_left(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-m", "experiments.run", "--exp=smoke/stage1"]
+    overrides = ["max_steps=1000000", "val_every=3", "save_every=1000000"]
+    data = ["data.num_workers=2", "data.train.cache=false", "data.val.val.cache=false"]
+    folder = tmp_path / "smoke/stage1/checkpoints"
+    process = subprocess.Popen(
+        [*command, *overrides, *data, f"outputs={tmp_path}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        itself = psutil.Process(process.pid)
+
+        def workers() -> list[psutil.Process]:
+            found = [c for c in itself.children() if "experiments.run" in " ".join(c.cmdline())]
+            return found if len(found) == 2 else []
+
+        children = wait_for(workers, process)
+        wait_for((folder / "best.ckpt").exists, process)  # the third step is taken
+        os.kill(children[0].pid, signal.SIGKILL)
+        begun = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 3 and time.monotonic() - begun < 60
+    assert f"a process that reads data has died: DataLoader worker (pid(s) {children[0].pid})" in (
+        errors
+    )
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] >= 3
+    assert not psutil.wait_procs(children, timeout=10)[1]

@@ -1,4 +1,4 @@
-"""MaskedARGenerator: what moves, what is saved, tokens made once, exact resume, two resolutions."""
+"""MaskedARGenerator: what moves, what is saved, tokens made once, exact resume, resolutions."""
 
 from functools import partial
 from pathlib import Path
@@ -6,17 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcar.data.stream import ShardStream
+from dcar.data.transforms import ImageTransform
 from dcar.evaluation.metrics import GenerationMetrics
 from dcar.lit.averaging import AverageWeights
+from dcar.lit.datamodule import ShardDataModule
+from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.models.checkpoints import CheckpointError
+from dcar.models.text_encoder import ByteT5TextEncoder
+from tests.prediction_toys import make_tokens, write_pictures
 from tests.toys import (
+    SIZE,
     ToyData,
     ToyImages,
     collate,
     toy_generator,
     toy_masked_generator,
     toy_stage,
+    toy_text_encoder,
+    toy_tokenizer,
     toy_trainer,
     weights,
 )
@@ -126,3 +135,108 @@ def test_stopping_and_resuming_is_bit_equal(tmp_path: Path) -> None:
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     for name, tensor in straight_average.average.state_dict().items():
         assert torch.equal(tensor, resumed_average.average.state_dict()[name]), name
+
+
+def frozen_text_encoder() -> ByteT5TextEncoder:
+    torch.manual_seed(1)
+    encoder = toy_text_encoder()
+    encoder.trainable = False
+    return encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """The same 16 samples as pictures, as tokens, and as tokens with text embeddings."""
+    root = tmp_path_factory.mktemp("shards")
+    pictures = write_pictures(root / "pictures", (6, 3, 7))
+    torch.manual_seed(0)
+    tokenizer = toy_masked_generator().tokenizer.module
+    make_tokens(pictures, root / "tokens", tokenizer)
+    make_tokens(pictures, root / "tokens_text", tokenizer, frozen_text_encoder())
+    return root
+
+
+def data(train: Path, val: Path | None = None) -> ShardDataModule:
+    def stream(folder: Path, *, shuffle: bool) -> partial[ShardStream]:
+        transform = ImageTransform(SIZE)
+        settings = {"transform": transform, "batch_size": 4, "seed": 7, "shuffle": shuffle}
+        return partial(ShardStream, folder / "*.tar", **settings)
+
+    sets = {} if val is None else {"val": stream(val, shuffle=False)}
+    return ShardDataModule(train=stream(train, shuffle=True), val=sets)
+
+
+def trained(folder: Path, **options: object) -> MaskedARGenerator:
+    # plain steps: Adam would make whole ones of gradients that are rounding alone
+    steps = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    torch.manual_seed(0)
+    generator = toy_generator(scale=None)
+    module = toy_masked_generator(generator=generator, optimizer=steps, **options)
+    toy_trainer(5).fit(module, datamodule=data(folder))
+    return module
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_training_from_tokens_equals_training_from_pictures(shards: Path, with_text: bool) -> None:
+    """Up to the rounding of residuals to 16 bits: bit-equal where both are rounded."""
+    frozen = {"text_encoder": frozen_text_encoder()} if with_text else {}
+    stored = trained(shards / ("tokens_text" if with_text else "tokens"), **frozen).network
+    exact = trained(shards / "pictures", **frozen).network.state_dict()
+    rounded = trained(shards / "pictures", cache_tokens=True, **frozen).network.state_dict()
+    for name, tensor in stored.state_dict().items():
+        torch.testing.assert_close(tensor, exact[name], rtol=0, atol=1e-5, msg=name)
+        atol = 1e-6 if with_text else 0.0
+        torch.testing.assert_close(tensor, rounded[name], rtol=0, atol=atol, msg=name)
+
+
+def test_stored_text_is_used_in_place_of_the_encoder(shards: Path) -> None:
+    module = toy_masked_generator(text_encoder=frozen_text_encoder())
+    module.frozen_text.module.forward = None  # from now on only the shards can answer
+    trainer = toy_trainer(2, limit_val_batches=1.0, val_check_interval=2)
+    trainer.fit(module, datamodule=data(shards / "tokens_text", shards / "tokens_text"))
+    right, shuffled = (trainer.callback_metrics[f"val/token{s}"] for s in ("", "_shuffled"))
+    assert right != shuffled
+
+
+def test_tokens_of_another_tokenizer_are_refused_by_name_before_the_first_step(
+    shards: Path, tmp_path: Path
+) -> None:
+    trainer = toy_trainer(1)
+    trainer.fit(toy_stage(2), datamodule=ToyData())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    module = toy_masked_generator(tokenizer_from=tmp_path / "other.ckpt")
+    before = weights(module)
+    match = r"tokens were made by the tokenizer toy\.ckpt .* has .*other\.ckpt \(TokenizerStage2, "
+    with pytest.raises(CheckpointError, match=match):
+        toy_trainer(1).fit(module, datamodule=data(shards / "tokens"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(module).items())
+
+
+def test_tokens_that_only_validate_are_checked_too(shards: Path) -> None:
+    torch.manual_seed(9)
+    module = toy_masked_generator(tokenizer=toy_tokenizer(), tokenizer_from=None)
+    next(module.tokenizer.module.encoder.parameters()).data += 1
+    with pytest.raises(CheckpointError, match="toy.ckpt"):
+        toy_trainer(1).fit(module, datamodule=data(shards / "pictures", shards / "tokens"))
+
+
+def test_tokens_of_another_resolution_are_refused(shards: Path) -> None:
+    with pytest.raises(CheckpointError, match="32 px images, this run's are of 64 px"):
+        toy_trainer(1).fit(toy_masked_generator(size=64), datamodule=data(shards / "tokens"))
+
+
+def test_a_trained_text_encoder_refuses_stored_text(shards: Path) -> None:
+    with pytest.raises(ValueError, match="ByteT5TextEncoder is trained with the generator"):
+        toy_trainer(1).fit(toy_masked_generator(), datamodule=data(shards / "tokens_text"))
+
+
+def test_gfid_wants_images_to_compare_with(shards: Path) -> None:
+    tokens, pictures = shards / "tokens", shards / "pictures"
+    trainer = toy_trainer(1, limit_val_batches=1.0, val_check_interval=1)
+    with pytest.raises(
+        ValueError, match="tokens holds tokens: give the set 'val' shards of images"
+    ):
+        trainer.fit(toy_masked_generator(fid_images=8), datamodule=data(tokens, tokens))
+    trainer = toy_trainer(1, limit_val_batches=1.0, val_check_interval=1)
+    trainer.fit(toy_masked_generator(fid_images=8), datamodule=data(tokens, pictures))
+    assert any(name.startswith("val/gfid_") for name in trainer.callback_metrics)

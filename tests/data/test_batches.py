@@ -1,0 +1,45 @@
+"""Batches: stacked pictures in range, padded text."""
+
+import numpy as np
+import pytest
+import torch
+
+from dcar.data.batches import collate, pad_text
+from dcar.data.members import DataError
+from dcar.data.samples import Sample
+
+
+def token_sample(key: str, side: int = 2, **more: np.ndarray) -> Sample:
+    ids, residual = np.zeros((side, side), np.uint16), np.zeros((4, side, side), np.float16)
+    return Sample(key, "words", None, {"ids": ids, "residual": residual, **more})
+
+
+def test_pictures_are_stacked_in_the_range_of_the_models():
+    images = [torch.full((3, 4, 4), shade, dtype=torch.uint8) for shade in (0, 255)]
+    samples = [Sample(key, "", np.zeros((4, 4, 3), np.uint8)) for key in "ab"]
+    batch = collate(samples, images, ["x", "y"])
+    assert batch["key"] == ["a", "b"] and batch["caption"] == ["x", "y"]
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"].flatten(1).unique(dim=1).flatten().tolist() == [-1, 1]
+
+
+def test_text_is_padded_to_the_longest_and_masked():
+    batch = pad_text([np.ones((2, 3), np.float16), np.ones((5, 3), np.float16)])
+    assert batch["text"].shape == (2, 5, 3) and batch["text"].dtype == torch.float32
+    assert torch.equal(batch["text_mask"].sum(1), torch.tensor([2, 5]))
+    assert torch.equal(batch["text"][..., 0] > 0, batch["text_mask"])
+
+
+def test_ids_above_the_range_of_signed_numbers_survive():
+    sample = token_sample("a")
+    sample.tokens["ids"][0, 0] = 65_535
+    assert collate([sample], [], ["x"])["ids"][0, 0, 0] == 65_535
+
+
+@pytest.mark.parametrize(
+    "other",
+    [token_sample("b", side=4), token_sample("b", text=np.zeros((1, 3), np.float16))],
+)
+def test_tokens_that_do_not_fit_together_are_an_error(other):
+    with pytest.raises(DataError, match="do not fit"):
+        collate([token_sample("a"), other], [], ["x", "y"])

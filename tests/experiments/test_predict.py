@@ -1,0 +1,172 @@
+"""Shards to shards by the command: any number of ranks and workers, killed and taken up again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy
+
+from experiments.predict import PATIENCE, resolve_strategy
+from experiments.run import main
+from tests.prediction_toys import UNEVEN, shard_bytes, tokenizer_checkpoint, write_pictures
+from tests.toys import ROOT, SIZE
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Path:
+    """Pictures in shards of uneven size, and a tokenizer."""
+    root = tmp_path_factory.mktemp("toys")
+    write_pictures(root / "pictures", UNEVEN, changed={6: {"png": b"broken"}})
+    tokenizer_checkpoint(root / "stage2.ckpt")
+    return root
+
+
+def command(toys: Path, out: Path, *overrides: str) -> list[str]:
+    return [
+        "--exp=data/precompute",
+        f"tokenizer_from={toys}/stage2.ckpt",
+        f"in={toys}/pictures/train-*.tar",
+        f"out={out}",
+        f"size={SIZE}",
+        f"outputs={out}/..",
+        "batch_size=3",
+        "max_bad=0.1",
+        "num_workers=0",
+        "trainer.accelerator=cpu",
+        "trainer.devices=1",
+        *overrides,
+    ]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    ports = {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *arguments],
+        cwd=ROOT,
+        env=os.environ | ports | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(toys: Path) -> dict[str, bytes]:
+    """What one uninterrupted process leaves."""
+    assert main(command(toys, toys / "straight")) == 0
+    return shard_bytes(toys / "straight")
+
+
+def test_each_input_shard_becomes_an_output_shard_of_its_name(
+    toys: Path, straight: dict[str, bytes]
+) -> None:
+    shards = {path.name for path in (toys / "pictures").glob("*.tar")}
+    assert set(straight) == shards | {f".progress/{name}.json" for name in shards} | {
+        "manifest.json"
+    }
+    manifest = json.loads(straight["manifest.json"])
+    assert manifest["source"] == "pictures" and manifest["dropped"] == {"broken image": 1}
+    assert [shard["samples"] for shard in manifest["shards"]] == [5, 1, 7, 3]
+
+
+def test_workers_change_nothing(toys: Path, straight: dict[str, bytes], tmp_path: Path) -> None:
+    assert main(command(toys, tmp_path / "out", "num_workers=3")) == 0
+    assert shard_bytes(tmp_path / "out") == straight
+
+
+def test_only_what_is_missing_is_made_again(
+    toys: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    some = f"in=[{toys}/pictures/train-0-000000.tar,{toys}/pictures/train-2-000000.tar]"
+    assert main(command(toys, out, some, "max_bad=0")) == 0
+    assert len(json.loads((out / "manifest.json").read_text())["shards"]) == 2
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    for _ in range(2):  # the second time there is nothing left to do
+        assert main(command(toys, out)) == 0
+        assert {path: path.stat().st_mtime_ns for path in times} == times
+        assert shard_bytes(out) == straight
+
+
+def test_other_settings_need_another_folder(
+    toys: Path, straight: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(toys, toys / "straight", "crop=adm")) == 2
+    assert "crop: 'adm' here, 'center' there" in capsys.readouterr().err
+    assert shard_bytes(toys / "straight") == straight
+
+
+def test_too_many_bad_samples_give_the_exit_code_of_data(
+    toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(toys, tmp_path / "out", "max_bad=0.01")) == 3
+    assert "1 of 17 samples could not be used" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_dry_run_writes_nothing(toys: Path, tmp_path: Path) -> None:
+    assert main([*command(toys, tmp_path / "out"), "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_input_that_is_not_there_is_named(
+    toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(toys, tmp_path, "in=nowhere/*.tar")) == 3
+    assert "nowhere/*.tar" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_done_waits_as_long_as_it_takes() -> None:
+    one = {"devices": 1, "accelerator": "cpu", "num_nodes": 1, "strategy": "auto"}
+    assert resolve_strategy(one) == "auto"
+    assert resolve_strategy(one | {"devices": 2, "strategy": "fsdp"}) == "fsdp"
+    strategy = resolve_strategy(one | {"num_nodes": 2})
+    assert isinstance(strategy, DDPStrategy) and strategy._timeout == PATIENCE
+    assert PATIENCE.days >= 7
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_does(
+    toys: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    run = start(command(toys, tmp_path / "out", "trainer.devices=2"))
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors[-3000:]
+    assert "2 shards" in errors  # this rank's part of the four
+    assert shard_bytes(tmp_path / "out") == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
+    toys: Path, number: signal.Signals, tmp_path: Path
+) -> None:
+    pictures = write_pictures(tmp_path / "pictures", (40,) * 20)
+    source = f"in={pictures}/train-*.tar"
+    assert main(command(toys, tmp_path / "whole", source)) == 0
+    out = tmp_path / "out"
+    stopped, finished = 0, set()
+    while len(finished) < 20:
+        run = start(command(toys, out, source))
+        try:
+            while run.poll() is None and not set(out.glob("*.tar")) - finished:
+                time.sleep(0.002)
+        finally:
+            if run.poll() is None:
+                run.send_signal(number)
+        run.communicate(timeout=300)
+        if run.returncode == 0:
+            break
+        assert run.returncode == (-number if number == signal.SIGKILL else 128 + number)
+        stopped += 1
+        finished = set(out.glob("*.tar"))
+        if stopped == 3:  # often enough
+            assert main(command(toys, out, source)) == 0
+            break
+    assert stopped >= 1
+    assert shard_bytes(out) == shard_bytes(tmp_path / "whole")
