@@ -60,7 +60,7 @@ class ShardIndex:
                         raise tarfile.ReadError("unexpected end of data")
                     if info.isreg() and not info.issparse():
                         self._add(info)
-                self._check_end(tar.offset, length)  # type: ignore[attr-defined]
+                self._check_end(tar.offset, length)
         except tarfile.TarError as error:
             if not self.keys:
                 raise DataError(f"{self.path}: {type(error).__name__}: {error}") from error

@@ -182,8 +182,8 @@ class BucketOrder:
         batches: list[tuple[int, np.ndarray]] = []
         for which in range(len(self.shapes)):
             own = np.flatnonzero(bucket == which)
-            own = own[: len(own) // self.samples * self.samples].reshape(-1, self.samples)
-            batches += [(int(batch[-1]), order[batch]) for batch in own]  # full with its last one
+            full = own[: len(own) // self.samples * self.samples].reshape(-1, self.samples)
+            batches += [(int(batch[-1]), order[batch]) for batch in full]  # full with its last one
         batches.sort(key=lambda pair: pair[0])
         return np.stack([batch for _, batch in batches])
 

@@ -78,7 +78,8 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         with ExitStack() as stack:
             self._file = _Hashed(stack.enter_context(write_atomically(self.url)))
-            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[arg-type]
+            file: Any = self._file  # as much of a file as tarfile asks for
+            self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
             self._stack = stack.pop_all()
         return self
 
@@ -163,7 +164,8 @@ def write_manifest(
     """
     if sizes is not None:
         with write_atomically(join(folder, SIZES)) as file:
-            np.savez_compressed(file, **{name: sizes[name] for name in sorted(sizes)})
+            named: dict[str, Any] = {name: sizes[name] for name in sorted(sizes)}
+            np.savez_compressed(file, **named)
     listed = [{"split": split, **asdict(entry)} for split in shards for entry in shards[split]]
     text = json.dumps({"shards": listed, **facts}, indent=1, sort_keys=True) + "\n"
     with write_atomically(join(folder, MANIFEST)) as file:

@@ -6,19 +6,15 @@ no reader holds a buffer, skips what others read, or depends on how many others 
 
 import logging
 import random
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from dcar.data.batches import Batch, collate
 from dcar.data.buckets import Buckets
@@ -296,122 +292,3 @@ def parts_of(
     if urls is None:
         return dict(mixture or {})
     return {"": Part(urls if isinstance(urls, ShardSet) else ShardSet(urls))}
-
-
-@contextmanager
-def child_signals_left_alone() -> Iterator[None]:
-    """Undo torch's handler for the death of a worker, which raises wherever the process then is.
-
-    That may be half way through an optimizer step. The next batch tells of the death as well.
-    """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-class ShardLoader(DataLoader):
-    """A DataLoader of a ShardStream that knows how far it has got.
-
-    An iteration goes on where the last one stopped (validation streams start over) and ends with
-    the epoch; the next one is the next epoch, so nobody has to set it. `state_dict` counts the
-    batches handed out, not those that workers hold ready: after `load_state_dict` the next batch is
-    the very one that would have come. With another number of ranks or workers, or another batch
-    size, the epoch goes on with the samples that are left of it: none comes twice, none is lost.
-    A batch of buckets cannot be taken up in another size: then the rest of the epoch is left out.
-    Raises DataError naming the worker where a worker process is killed.
-    """
-
-    def __init__(self, stream: ShardStream, *, num_workers: int = 0, **options: Any):
-        if stream.cache and num_workers > 0:
-            raise ValueError(f"cache keeps images in this process: num_workers {num_workers} not 0")
-        super().__init__(stream, batch_size=None, num_workers=num_workers, **options)
-        self.stream = stream
-        self._epoch, self._resumed = 0, False
-        self._start, self._lanes = 0, 0  # of the epoch, when the present layout took it up
-        self._before, self._done = 0, 0  # batches until then and since
-
-    def __len__(self) -> int:
-        """Batches of the epoch on this rank, those before a resumption counted in."""
-        return self._before + self._share().batches
-
-    def _share(self) -> Share | Slice:
-        return self.stream.share(self._start, self._lanes)
-
-    def _begin(self, epoch: int) -> None:
-        self._epoch, self._start, self._lanes = epoch, 0, 0
-        self._before, self._done = 0, 0
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator around theirs
-        if not (self.stream.shuffle or self._resumed):
-            self._begin(self._epoch)
-        self._resumed = False
-        share = self._share()
-        if self._done == share.batches:
-            self._begin(self._epoch + self.stream.shuffle)
-            share = self._share()
-        self._lanes = self._lanes or self.stream.place[1]
-        stream = self.stream
-        stream.epoch, stream.lanes = self._epoch, self._lanes
-        stream.start, stream.done = self._start, self._done
-        with child_signals_left_alone():
-            batches = super().__iter__()
-        return self._count_out(batches, share.batches)
-
-    def _count_out(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
-        while (batch := self._next(batches)) is not None:
-            batch = self.stream.count(batch)
-            self._done += 1
-            if self._done == total:
-                self._begin(self._epoch + self.stream.shuffle)
-            if batch["key"]:
-                yield batch
-
-    @staticmethod
-    def _next(batches: Iterator[Batch]) -> Batch | None:
-        try:
-            return next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = " ".join(str(error).split())
-            raise DataError(f"a process that reads data has died: {reason}") from error
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers. epoch, batches: handed out in it on this rank. units: taken by all ranks
-        together, of `unit` samples each, in as many `lanes`. samples: of the whole epoch.
-        """
-        share = self._share()
-        taken = self._done * share.units * self.stream.place[1]
-        return {
-            "epoch": self._epoch,
-            "batches": self._before + self._done,
-            "units": self._start + taken,
-            "unit": self._order().samples,
-            "lanes": self._lanes or self.stream.place[1],
-            "samples": sum(self.stream.counts),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._begin(int(state["epoch"]))
-        self._resumed = True
-        if not self.stream.shuffle:
-            self._done = min(int(state["batches"]), self._share().batches)
-            return
-        now = {"unit": self._order().samples, "samples": sum(self.stream.counts)}
-        stored = {name: state[name] for name in now}
-        if state["batches"] and stored != now:
-            log.warning(
-                "the data state is of %s and this run of %s: the rest of epoch %d is left out",
-                *(stored, now, self._epoch),
-            )
-            return self._begin(self._epoch + 1)
-        self._before, self._start = int(state["batches"]), int(state["units"])
-        self._lanes = int(state["lanes"]) if self._before else 0
-
-    def _order(self) -> Order:
-        return self.stream.order(self._lanes or self.stream.place[1])

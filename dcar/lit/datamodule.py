@@ -5,7 +5,8 @@ from typing import Any
 
 from lightning import LightningDataModule
 
-from dcar.data.stream import ShardLoader, ShardStream
+from dcar.data.loader import ShardLoader
+from dcar.data.stream import ShardStream
 
 
 class ShardDataModule(LightningDataModule):

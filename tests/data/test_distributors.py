@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dcar.data.distributors import Outcome, Processes, WorkerDied
-from tests.tasks import count_up, fail, sleep_long, torch_threads, write_then_sleep
+from tests.tasks import count_up, fail, sleep_long, torch_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,12 +45,14 @@ def test_every_task_gives_its_outcome_and_what_it_counts_is_seen_on_the_way() ->
     assert children() == []
 
 
+@pytest.mark.slow
 def test_workers_import_neither_the_main_module_nor_share_their_core_among_threads() -> None:
     with closing(Processes(1).run(torch_threads, [()], no_tick)) as outcomes:
         (outcome,) = outcomes
     assert outcome == Outcome("lightning: False", images=1)
 
 
+@pytest.mark.slow
 def test_what_a_task_raises_is_raised_here_and_ends_the_workers() -> None:
     tasks = [("broken", 0), ("slow", 1)]
     with pytest.raises(ZeroDivisionError), closing(Processes(2).run(fail, tasks, no_tick)) as all_:
@@ -71,6 +73,7 @@ def kill_one() -> None:
         os.kill(child.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_closing_early_ends_tasks_that_run() -> None:
     begun = time.monotonic()
     outcomes = Processes(2).run(sleep_long, [(0.0,), (600.0,), (600.0,)], no_tick)
@@ -79,6 +82,7 @@ def test_closing_early_ends_tasks_that_run() -> None:
     assert time.monotonic() - begun < 300 and children() == []
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_main_process_that_is_killed(tmp_path: Path) -> None:
     code = (
         "from dcar.data.distributors import Processes\nfrom tests.tasks import write_then_sleep\n"
@@ -99,6 +103,7 @@ def test_less_than_one_process_is_refused() -> None:
     assert Processes().workers == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.slow
 def test_other_processes_of_the_caller_are_left_alone() -> None:
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     other.start()

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from dcar.data.batches import Batch
+from dcar.data.loader import ShardLoader
 from dcar.data.members import DataError
-from dcar.data.stream import ShardLoader
 from dcar.data.transforms import ImageTransform
 from tests.shards import UNEVEN, build, everything, keys, same, stream
 

@@ -101,7 +101,7 @@ def test_pictures_above_the_limit_are_skipped(tmp_path: Path) -> None:
 
 def test_samples_lost_with_their_shard_are_counted(folder: Path) -> None:
     path = folder / "train-000000.tar"
-    path.write_bytes(path.read_bytes()[:3000])
+    path.write_bytes(path.read_bytes()[:3700])  # in the second sample's picture
     train = split_of(folder)
     assert train.skipped == {"lost with its shard": 2} and (train.samples, train.looked) == (4, 2)
 
@@ -122,6 +122,15 @@ def test_tokens_are_counted_as_such(tmp_path: Path) -> None:
     write_shards([sample("a", **{"ids.npy": b"..."})], tmp_path, "train", 1)
     train = split_of(tmp_path)
     assert train.formats == {"tokens": 1} and not train.skipped and not len(train.sizes)
+
+
+def test_further_captions_count_as_words_of_no_picture(tmp_path: Path) -> None:
+    words = [{"captions": {"short": "a cat", "long": "a cat on a mat"}}, {"captions": {}}]
+    rows = [sample(f"k{i}", json=json.dumps(each).encode()) for i, each in enumerate(words)]
+    write_shards(rows, tmp_path, "train", 2)
+    train = split_of(tmp_path)
+    assert train.words.tolist() == [2, 5] and train.formats == {"captions": 1}
+    assert train.skipped == {"no caption": 1}
 
 
 def test_quantiles_are_values_that_occur() -> None:

@@ -13,11 +13,12 @@ import torch
 
 from dcar.data.buckets import Buckets
 from dcar.data.cache import ShardCache
+from dcar.data.loader import ShardLoader
 from dcar.data.members import DataError
 from dcar.data.samples import Sample
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import write_manifest, write_shards
-from dcar.data.stream import Part, ShardLoader, ShardStream
+from dcar.data.stream import Part, ShardStream
 from dcar.data.transforms import ImageTransform
 from tests.servers import ALWAYS, Fault, FaultyServer
 from tests.shards import UNEVEN, build, keys, row, same, stream

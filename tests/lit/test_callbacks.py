@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcar.data.stream import ShardLoader
+from dcar.data.loader import ShardLoader
 from dcar.data.transforms import ImageTransform
 from dcar.lit.callbacks import (
     CodebookHistogram,
