@@ -1,6 +1,8 @@
 """What tests of the builder share: pictures, a source of given records, a build in one process."""
 
 import io
+import os
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +59,19 @@ class GivenSource:
             raise DataError(f"{self.broken[unit.number]}: breaks off")
 
 
+@dataclass
+class SlowSource(GivenSource):
+    """Takes a while for each record and leaves a file in `started` whenever a unit is begun."""
+
+    started: str = ""
+
+    def read(self, unit: Unit) -> Iterator[Record]:
+        (Path(self.started) / f"{unit.number}-{os.getpid()}").touch()
+        for each in super().read(unit):
+            time.sleep(0.2)
+            yield each
+
+
 class OneProcess:
     """A distributor that calls each task in turn."""
 
@@ -99,7 +114,7 @@ def built(
 ) -> Report:
     return build(
         task_of(source, out, **changes),
-        described={"class": type(source).__name__},
+        described={"class": "Given"},
         distributor=distributor or OneProcess(),
         progress=progress or Silent(),
         near_duplicates=near_duplicates,

@@ -10,8 +10,9 @@ from dcar.data.build import Report, build
 from dcar.data.build_unit import BuildTask
 from dcar.data.distributors import Outcome, Task, Tick
 from dcar.data.filters import Filters
+from dcar.data.loader import ShardLoader
 from dcar.data.sources.source import Record, Source
-from dcar.data.stream import ShardLoader, ShardStream
+from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
 
 

@@ -26,6 +26,11 @@ EVERY_REQUIREMENT = sorted({*PROJECT["dependencies"], *sum(EXTRAS.values(), [])}
 DISTRIBUTIONS = packages_distributions()
 # Distributions of modules that an optional extra brings, for machines that lack the extra.
 OPTIONAL = {
+    "imagehash": ["imagehash"],
+    "pyarrow": ["pyarrow"],
+    "ray": ["ray"],
+    "s3fs": ["s3fs"],
+    "gcsfs": ["gcsfs"],
     "resvg_py": ["resvg-py"],
     "torch_fidelity": ["torch-fidelity"],
     "torchvision": ["torchvision"],

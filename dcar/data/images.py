@@ -1,7 +1,8 @@
 """Picture files to upright RGB pixels; the header is checked before any pixel is decoded.
 
-JPEG goes through simplejpeg (libjpeg-turbo, 1.1 to 1.3 times as fast as Pillow and equal to it in
-every bit); Pillow reads what simplejpeg does not: WebP, PNG, CMYK, pictures on their side.
+JPEG goes through simplejpeg (libjpeg-turbo): 1.3 to 2 times as fast as Pillow, equal to it in every
+bit (`benchmarks/jpeg_decoders.py`). Pillow reads what that does not: WebP, PNG, CMYK, pictures on
+their side.
 """
 
 import io
@@ -90,9 +91,9 @@ def decode(data: bytes, *, cover: tuple[int, int] | None, max_pixels: int = MAX_
     """`read_pixels` for a caller who will shrink the picture until it just covers `cover`.
 
     cover: (height, width). A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which saves most
-    of its inverse DCT, but never below twice the size wanted. Against decoding in full, ten photos
-    shrunk to a quarter differ by 49 dB PSNR in the mean, 45 dB at worst: less than JPEG of quality
-    90 had lost before (46 to 48 dB). Allowing once the size would give 39 dB, 34 dB at worst.
+    of its inverse DCT, but never below twice the size wanted. Ten photos shrunk to a quarter are
+    then 49 dB PSNR (at worst 45) from those decoded in full; JPEG of quality 90 had cost 47 dB (46)
+    before. Were once the size enough, it would be 39 dB (34). Raises what `read_image` raises.
     """
     with _open(data, max_pixels) as image:
         width, height = image.size

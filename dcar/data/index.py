@@ -50,6 +50,10 @@ class ShardIndex:
     def close(self) -> None:
         self._file.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):  # not where it could not be opened
+            self.close()
+
     def _scan(self) -> None:
         length = os.fstat(self._file.fileno()).st_size
         try:

@@ -62,7 +62,10 @@ class OpenShards:
 
     def _opened(self, url: str, entry: ShardEntry | None) -> ShardIndex | None:
         try:
-            index = ShardIndex(self.cache.fetch(url, entry))
+            try:
+                index = ShardIndex(self.cache.fetch(url, entry))
+            except FileNotFoundError:  # another process made room in the cache in between
+                index = ShardIndex(self.cache.fetch(url, entry))
         except (DataError, OSError) as error:
             self._lost.add(url)
             log.warning("a shard is lost: %s", error)

@@ -140,7 +140,8 @@ def filesystem(
 
 
 if hasattr(os, "register_at_fork"):
-    # fsspec talks to stores from a thread of its own, which a forked process does not have.
+    # fsspec talks to stores from a thread of its own, which a forked process does not have. It
+    # forgets the thread by itself, but not the lock, which another thread may have held.
     os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
@@ -216,4 +217,4 @@ def with_retries(
             break
         jitter = random.SystemRandom().uniform(0.5, 1.5)  # the seeded generator stays untouched
         time.sleep(min(backoff * 2 ** (attempt - 1), LONGEST_WAIT) * jitter)
-    raise _explained(failure, url, attempt) from None  # the cause may show a signed URL
+    raise _explained(failure, url, attempt)  # without its cause, which may show a signed URL

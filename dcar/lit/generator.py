@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dcar.evaluation.metrics import GenerationMetrics
 from dcar.lit.base import BaseModule
 from dcar.lit.frozen import Frozen
+from dcar.lit.precompute import check_tokens, describe_tokens
 from dcar.models.checkpoints import (
     CheckpointError,
     Model,
@@ -50,6 +52,12 @@ class TokenCache:
 
 class MaskedARGenerator(BaseModule):
     """Trains `generator` on tokens of images (B, 3, S, S) in [-1, 1] with captions.
+
+    Batches hold `image`, or the tokens made of it (and perhaps text embeddings) by
+    `--exp=data/precompute`. A datamodule with token shards has a method `token_facts` that returns
+    their manifests' facts with `folder` and `split`, "train" or one of `val_names`; fitting raises
+    CheckpointError where another tokenizer, resolution or text encoder made them, and ValueError
+    where what they hold does not go with a trained text encoder or with `fid_images`.
 
     tokenizer, tokenizer_from: architecture and checkpoint (stage 2 or 3) of a frozen tokenizer.
     text_encoder: trained along where its `trainable` says so, else frozen.
@@ -99,7 +107,7 @@ class MaskedARGenerator(BaseModule):
         self.metrics = Frozen(metrics()) if fid_images else None
         head = generator.residual_head
         self.measures_scale = head is not None and not bool(torch.isfinite(head.scale))
-        self.tokenizer_from = tokenizer_from
+        self.tokenizer_from, self.tokenizer_module = tokenizer_from, "random weights"
         if tokenizer_from is not None:
             self._load_tokenizer(tokenizer_from)
         if init_from is not None:
@@ -113,6 +121,7 @@ class MaskedARGenerator(BaseModule):
                 f"tokenizer_from={path} was written by {writer}; "
                 f"the generator needs one of {' or '.join(TOKENIZER_MODULES)}"
             )
+        self.tokenizer_module = writer
         load_strictly(self.tokenizer.module, checkpoint["network"], source=path)
 
     @property
@@ -136,15 +145,56 @@ class MaskedARGenerator(BaseModule):
             self.tokenizer.module, self.generator, encoder, self.sampler, self.plain_config
         )
 
+    def on_fit_start(self) -> None:
+        """Refuse token shards that this tokenizer, resolution or text encoder did not make."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        facts: list[dict[str, Any]] = getattr(datamodule, "token_facts", list)()
+        if not facts or (self.is_dry_run and self.tokenizer_from is None):
+            return
+        ours = describe_tokens(
+            tokenizer=self.tokenizer.module,
+            text_encoder=self._encoder_of_embeddings(facts),
+            size=self.size,
+            checkpoint=str(self.tokenizer_from),
+            module=self.tokenizer_module,
+        )
+        for theirs in facts:
+            check_tokens(theirs, ours)
+            if self.fid_images and theirs["split"] == self.val_names[0]:
+                raise ValueError(
+                    f"gFID compares with images, but {theirs['folder']} holds tokens: give the set "
+                    f"{self.val_names[0]!r} shards of images, or set module.fid_images=0"
+                )
+
+    def _encoder_of_embeddings(self, facts: Sequence[dict[str, Any]]) -> nn.Module | None:
+        """The encoder that text embeddings among the token shards must be of, None without any."""
+        folders = [theirs["folder"] for theirs in facts if theirs["text"]]
+        if folders and self.frozen_text is None:
+            raise ValueError(
+                f"{folders[0]} holds text embeddings, but {type(self.text_encoder).__name__} is "
+                "trained with the generator and would not be used: make tokens with text=false"
+            )
+        return self.frozen_text.module if folders and self.frozen_text else None
+
     def on_train_start(self) -> None:
         if self.measures_scale and self.global_step == 0:
             self._measure_residual_scale(1 if self.is_dry_run else self.scale_batches)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Adds ids (B, H, W) and residual (B, C, H, W) where the shards do not hold them."""
-        if "ids" not in batch:
-            batch["ids"], batch["residual"] = self._tokenize(batch)
+        """Ids (B, H, W) int64 and residual (B, C, H, W) float32: the shards' own, or made here."""
+        batch["ids"], batch["residual"] = self._tokens(batch)
         return batch
+
+    def _tokens(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if "ids" not in batch:
+            return self._tokenize(batch)
+        return batch["ids"].long(), batch["residual"].float()
+
+    def _text(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Text (B, L, E) and mask (B, L): the shards' own, or of the captions."""
+        if "text" in batch:
+            return batch["text"].float(), batch["text_mask"]
+        return self.text_encoder(batch["caption"])
 
     def _tokenize(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         image = batch["image"]
@@ -161,7 +211,7 @@ class MaskedARGenerator(BaseModule):
         return self.trainer.precision_plugin.forward_context()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        text, text_mask = self.text_encoder(batch["caption"])  # (B, L, E), (B, L)
+        text, text_mask = self._text(batch)  # (B, L, E), (B, L)
         terms = self.generator.losses(
             batch["ids"], batch["residual"], text, text_mask, self.draws(batch_idx)
         )
@@ -172,7 +222,7 @@ class MaskedARGenerator(BaseModule):
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Losses with every caption kept: right ones, then each image with its neighbour's."""
-        text, text_mask = self.text_encoder(batch["caption"])
+        text, text_mask = self._text(batch)
         name, weight = self.val_names[dataloader_idx], len(batch["caption"])
         right = self._validation_losses(batch, text, text_mask, batch_idx)
         wrong = self._validation_losses(batch, text.roll(1, 0), text_mask.roll(1, 0), batch_idx)
@@ -242,8 +292,7 @@ class MaskedARGenerator(BaseModule):
         for index, batch in enumerate(self.preview_batches()):
             if index == batches:
                 break
-            batch["image"] = batch["image"].to(self.device)
-            residual = self._tokenize(batch)[1].double()
+            residual = self._tokens(move_data_to_device(batch, self.device))[1].double()
             total += torch.stack([residual.square().sum(), residual.new_tensor(residual.numel())])
         total = self.trainer.strategy.reduce(total, reduce_op="sum")
         scale = float((total[0] / total[1]).sqrt())

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from dcar.data.distributors import Outcome, Processes, WorkerDied
+from dcar.data.distributors import Outcome, Processes, RayCluster, WorkerDied
+from tests.builds import GivenSource, Silent, SlowSource, all_bytes, built, record
 from tests.tasks import count_up, fail, sleep_long, torch_threads
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +116,74 @@ def test_other_processes_of_the_caller_are_left_alone() -> None:
     finally:
         other.kill()
         other.join()
+
+
+@pytest.fixture
+def two_nodes(monkeypatch) -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, one core each; the second may be killed."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        second = cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        yield cluster, second
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def kill_node(node: Any) -> None:
+    """SIGKILL to all processes of a node: its workers, and the raylet that would report them."""
+    (raylet,) = node.all_processes["raylet"]
+    tree = psutil.Process(raylet.process.pid)
+    for process in [tree, *tree.children(recursive=True)]:
+        process.kill()
+
+
+class Killing(Silent):
+    """Kills a node as soon as two units are finished."""
+
+    def __init__(self, node: Any):
+        super().__init__()
+        self.node = node
+
+    def finished(self, outcome: Outcome) -> None:
+        super().finished(outcome)
+        if len(self.names) == 2:
+            kill_node(self.node)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_node_builds_the_bytes_that_processes_build(
+    two_nodes: Any, tmp_path: Path
+) -> None:
+    cluster, second = two_nodes
+    (tmp_path / "started").mkdir()
+    records = [[record(5 * unit + n) for n in range(5)] for unit in range(8)]
+    records[6][2] = record(99, key="k000")
+    source = SlowSource(records, started=str(tmp_path / "started"))
+    progress = Killing(second)
+    report = built(
+        source, tmp_path / "ray", distributor=RayCluster(cluster.address), progress=progress
+    )
+    starts = sorted(int(path.name.split("-")[0]) for path in (tmp_path / "started").iterdir())
+    assert set(starts) == set(range(8)) and len(starts) > 9  # a unit that died, one built again
+    assert report == built(GivenSource(records), tmp_path / "processes", distributor=Processes(2))
+    assert all_bytes(tmp_path / "ray") == all_bytes(tmp_path / "processes")
+
+
+@pytest.mark.slow
+def test_ray_passes_on_what_a_task_raises_and_what_it_counts(two_nodes: Any) -> None:
+    cluster, _ = two_nodes
+    ticks: list[tuple[int, int]] = []
+    distributor = RayCluster(cluster.address)
+    tasks = [(f"task {number}", number) for number in range(3)]
+    found = list(distributor.run(count_up, tasks, lambda *seen: ticks.append(seen)))
+    assert sorted(outcome.name for outcome in found) == [name for name, _ in tasks]
+    assert ticks[-1][0] >= 1
+    with pytest.raises(ZeroDivisionError):
+        list(distributor.run(fail, [("broken", 0)], no_tick))

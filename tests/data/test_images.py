@@ -100,6 +100,8 @@ def test_a_cmyk_jpeg_keeps_its_colour():
     assert b"Adobe" in data  # which is to say, inverted
     pixel = read_pixels(data)[4, 4]
     assert pixel[0] > 240 and pixel[1:].max() < 15
+    mixed = encoded(noise(16, 16).convert("CMYK"), "JPEG")  # simplejpeg would mix other colours
+    assert np.array_equal(read_pixels(mixed), np.asarray(read_image(mixed)))
 
 
 def test_a_ycck_jpeg_keeps_its_colour():
@@ -320,5 +322,7 @@ def test_the_shorter_edge_stands_for_a_square():
 
 
 def test_too_large_is_too_large_even_when_it_would_be_reduced():
+    with pytest.raises(ImageTooLarge, match="9000 x 9000"):
+        decode(png(9000, 9000, bits=8, colour=0, rows=b""), cover=(8, 8))
     with pytest.raises(ImageTooLarge, match="640 x 480"):
         decode(encoded(waves(640, 480), "JPEG"), cover=(8, 8), max_pixels=640 * 480 - 1)

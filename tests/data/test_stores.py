@@ -6,6 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from dcar.data.members import DataError
@@ -149,7 +150,8 @@ def test_a_forked_process_does_not_use_its_parents_connections(tmp_path):
         url, results = server.url("a.tar"), fork.SimpleQueue()
         assert filesystem(url).cat_file(url) == b"shard"
         child = fork.Process(target=_cat, args=(url, results))
-        child.start()
+        with fsspec.asyn.get_lock():  # as if another thread was about to use it, too
+            child.start()
         child.join(timeout=20)
         child.kill()
         assert child.exitcode == 0 and results.get() == b"shard"

@@ -98,8 +98,7 @@ def test_without_a_manifest_the_tars_and_samples_are_looked_at_all_the_same(fold
 
 def test_a_key_that_comes_again_in_a_split_is_named_with_its_first_place(tmp_path: Path) -> None:
     write_shards([*samples(5), *samples(2, start=8)], tmp_path, "train", 4)
-    shard = (tmp_path / "train-000001.tar").read_bytes()
-    write_shards([*samples(2, start=7), *samples(1, start=3)], tmp_path, "other", 4)
+    write_shards([*samples(2, start=7), *samples(2, start=3)], tmp_path, "other", 4)
     (tmp_path / "other-000000.tar").rename(tmp_path / "train-000002.tar")
     write_shards(samples(9), tmp_path, "val", 9)
     report = verify(tmp_path, processes=1)
@@ -107,8 +106,8 @@ def test_a_key_that_comes_again_in_a_split_is_named_with_its_first_place(tmp_pat
     assert lines == [
         "train-000002.tar: a/008: duplicate key (first in train-000001.tar)",
         "train-000002.tar: a/003: duplicate key (first in train-000000.tar)",
+        "train-000002.tar: a/004: duplicate key (first in train-000001.tar)",
     ]
-    assert shard == (tmp_path / "train-000001.tar").read_bytes()
 
 
 def test_a_key_that_comes_again_in_its_own_shard_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Predictions to shards: interleaved, interrupted, judged, listed in a manifest."""
 
+import hashlib
 import json
 import signal
 from collections import Counter
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dcar.data.index import read_shard
 from dcar.data.shards import DataError, ShardEntry, read_facts, read_manifest
+from dcar.data.storage import read_bytes
 from dcar.lit.last_checkpoint import Interrupted
 from dcar.lit.shard_writer import (
     SAMPLES_BEFORE_JUDGING,
@@ -58,12 +60,12 @@ def batch(shard: str, *keys: str, last: bool = False, **bad: int) -> Batch:
     return {"shard": f"{shard}.tar", "key": list(keys), "last": last, "bad": bad, "tried": tried}
 
 
-def progress(folder: Path, settings: dict[str, Any] | None = None) -> Progress:
+def progress(folder: Path | str, settings: dict[str, Any] | None = None) -> Progress:
     splits = {f"{name}.tar": "val" if name == "b" else "train" for name in "abcd"}
     return Progress(str(folder), settings or SETTINGS, source="emoji", splits=splits)
 
 
-def predict(folder: Path, *batches: Batch, max_bad: float = 1.0) -> None:
+def predict(folder: Path | str, *batches: Batch, max_bad: float = 1.0) -> None:
     writer = ShardPredictionWriter(progress(folder), max_bad=max_bad, nothing_made="silence")
     trainer = Trainer(
         accelerator="cpu", devices=1, callbacks=[writer], logger=False, enable_progress_bar=False
@@ -126,6 +128,19 @@ def test_what_ends_a_run_leaves_only_finished_shards(
         predict(tmp_path, batch("a", "1", last=True), batch("b", "2"), batch("b", key))
     assert set(shard_bytes(tmp_path)) == {"a.tar", ".progress/a.tar.json"}
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_shards_can_be_written_to_a_store() -> None:
+    out = "memory://shard-writer/out"
+    predict(out, batch("a", "1", "x2"), batch("b", "3", last=True), batch("a", "4", last=True))
+    assert progress(out).is_finished("a.tar") and not progress(out).is_finished("c.tar")
+    assert {name: entry.samples for name, entry in read_manifest(out).items()} == {
+        "a.tar": 2,
+        "b.tar": 1,
+    }
+    assert read_facts(out)["dropped"] == {"silence": 1}
+    entry = read_manifest(out)["a.tar"]
+    assert entry.sha256 == hashlib.sha256(read_bytes(f"{out}/a.tar")).hexdigest()
 
 
 def test_a_shard_is_finished_once_its_record_is_there_too(tmp_path: Path) -> None:

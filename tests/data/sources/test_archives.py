@@ -195,6 +195,17 @@ def test_a_file_that_is_not_there_is_not_called_broken(tmp_path: Path) -> None:
         list(stream_tar("ftp://example.com/x.tar"))
 
 
+def test_errors_of_a_store_s_library_name_the_file_and_keep_the_secret() -> None:
+    class ClientError(Exception): ...
+
+    with pytest.raises(DataError, match=r"b/x\.tar.*failed \(ClientError: cut\)") as caught:
+        with naming("https://user:word@b/x.tar"):
+            raise ClientError("cut")
+    assert "word" not in str(caught.value)
+    with pytest.raises(ClientError), naming("x.tar"):
+        raise ClientError("a bug")
+
+
 def test_names_of_pictures_and_names_that_are_safe() -> None:
     assert [is_image(name) for name in ("a/b.JPEG", "b.webp", "._b.jpg", "a/._b.jpg", "b.txt")] == [
         *(True, True, False, False, False)

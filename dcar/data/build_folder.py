@@ -1,0 +1,174 @@
+"""The folder of a build: what tells an unfinished from a finished one, and what is swept away.
+
+An unfinished build has `.build/settings.json`; a finished one has a manifest and nothing else.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dcar.data.build_unit import WORK, Part, part_url, scan_url
+from dcar.data.members import DataError
+from dcar.data.shards import MANIFEST, read_facts
+from dcar.data.sources.source import Unit
+from dcar.data.storage import (
+    exists,
+    is_remote,
+    join,
+    list_files,
+    local_path,
+    name_of,
+    read_bytes,
+    remove,
+    write_atomically,
+)
+
+SETTINGS, UNITS = "settings.json", "units.json"
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """One clause per entry, at any depth, that is not the same in both."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted({*old, *new})
+        return [
+            clause
+            for name in keys
+            for clause in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{key} was {old}, is {new}"]
+
+
+class BuildFolder:
+    """`out` with shards named `<prefix>-...`, and the folder for what is needed until the end.
+
+    settings: what decides the bytes of the result; versions: of the packages that do.
+    """
+
+    def __init__(
+        self, out: str, prefix: str, *, settings: Mapping[str, Any], versions: Mapping[str, str]
+    ):
+        self.out, self.prefix, self.work = out, prefix, join(out, WORK)
+        self.settings, self.versions = settings, versions
+        self._opened = join(self.work, SETTINGS)
+
+    def is_finished(self) -> bool:
+        return exists(join(self.out, MANIFEST)) and not exists(self._opened)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One build at a time in a local folder; the lock goes when its process does."""
+        if is_remote(self.out):
+            yield
+            return
+        local_path(self.work).mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(join(self.work, "lock"), timeout=0):
+                yield
+        except Timeout as error:
+            raise ValueError(f"out={self.out}: another build is at work in this folder") from error
+
+    def finished_facts(self) -> dict[str, Any]:
+        """The manifest's, of a finished build. Raises ValueError where it is another build's."""
+        facts = read_facts(self.out)
+        if "build" not in facts:
+            raise ValueError(f"out={self.out} holds a {MANIFEST} that this command did not write")
+        self._compare(facts["build"], self.settings, "a finished build")
+        self.clear()
+        return facts
+
+    def open(self) -> None:
+        """Begin a build or go on with it. Raises ValueError where it is another build's."""
+        settings = {**self.settings, "versions": self.versions}
+        if exists(self._opened):
+            self._compare(json.loads(read_bytes(self._opened)), settings, "an unfinished build")
+            self.sweep_partials()
+            return
+        if tars := [name for name in self.names() if name.endswith(".tar")]:
+            self.clear()
+            raise ValueError(
+                f"out={self.out} holds {tars[0]}, which this command did not write; choose "
+                "another folder"
+            )
+        self._save(SETTINGS, settings)
+
+    def close(self) -> None:
+        """The manifest is written: the build is finished from the first line on."""
+        remove(self._opened)
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes the work of a build that is finished or was never begun."""
+        if not is_remote(self.out):
+            shutil.rmtree(local_path(self.work), ignore_errors=True)
+            return
+        for name in self.names():
+            if name.startswith(f"{WORK}/"):
+                remove(join(self.out, name))
+
+    def _compare(self, old: Any, new: Any, what: str) -> None:
+        if clauses := differences(old, json.loads(json.dumps(new))):
+            raise ValueError(
+                f"out={self.out} holds {what} with other settings: {'; '.join(clauses)}. "
+                "Use those settings or another folder"
+            )
+
+    def _save(self, name: str, facts: Any) -> None:
+        with write_atomically(join(self.work, name)) as file:
+            file.write(json.dumps(facts, indent=1).encode())
+
+    def check_units(self, units: Sequence[Unit]) -> None:
+        """The input must not change between the parts of one build."""
+        if not units:
+            raise DataError("the source holds nothing to build from")
+        listed = repr(list(units)).replace(self.work, "")  # the folder may be moved
+        digest = hashlib.sha256(listed.encode()).hexdigest()
+        found = {"units": len(units), "sha256": digest}
+        if not exists(join(self.work, UNITS)):
+            self._save(UNITS, found)
+        elif (old := json.loads(read_bytes(join(self.work, UNITS)))) != found:
+            raise DataError(
+                f"the input has changed since the build in {self.out} was begun: it made "
+                f"{old['units']} units then and makes {len(units)} of other content now. Choose "
+                "another folder, or delete this one to begin anew"
+            )
+
+    def names(self) -> list[str]:
+        """Of all files below the folder, relative to it."""
+        start = join(self.out, "x")[:-1]
+        try:
+            return [url.removeprefix(start) for url in list_files(self.out)]
+        except FileNotFoundError:
+            return []
+
+    def sweep_partials(self) -> None:
+        for name in self.names():
+            if name_of(name).startswith(".") and name.endswith(".partial"):
+                remove(join(self.out, name))
+
+    def unscanned(self, units: Sequence[Unit]) -> list[Unit]:
+        names = set(self.names())
+        return [unit for unit in units if scan_url(WORK, unit) not in names]
+
+    def unbuilt(self, units: Sequence[Unit]) -> list[Unit]:
+        """Units without a part or its shards; shards that no part speaks of are removed."""
+        names = set(self.names())
+        known: set[str] = set()
+        todo: list[Unit] = []
+        for unit in units:
+            shards = self._shards(unit) if part_url(WORK, unit) in names else None
+            if shards is None or not shards <= names:
+                todo.append(unit)
+            else:
+                known |= shards
+        for name in names - known:
+            if name.startswith(f"{self.prefix}-") and name.endswith(".tar"):
+                remove(join(self.out, name))
+        return todo
+
+    def _shards(self, unit: Unit) -> set[str]:
+        return {shard.name for shard in Part.load(part_url(self.work, unit)).shards}

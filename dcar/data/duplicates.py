@@ -1,0 +1,90 @@
+"""Near-duplicates among perceptual hashes of 64 bits: which samples look like an earlier one.
+
+No pair is compared that cannot be near: of `distance + 3` blocks of bits, two hashes that differ
+in at most `distance` bits share three, so sorting by each three blocks brings them together.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+
+BITS = 64
+MAX_DISTANCE = 8  # 165 sorts; unlike pictures begin to look alike beyond it
+_SHARED_BLOCKS = 3
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits of the signs of a picture's low frequencies: ImageHash's `phash`."""
+    try:
+        from imagehash import phash
+    except ImportError as error:
+        raise ImportError(
+            "near_duplicates needs ImageHash: pip install 'dcar-lightning[data]'"
+        ) from error
+    bits = phash(image, hash_size=8).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def check_distance(distance: int) -> None:
+    """Raises ValueError for a number of bits at which unlike pictures would count as alike."""
+    if not 0 <= distance <= MAX_DISTANCE:
+        raise ValueError(f"near_duplicates={distance} bits of {BITS}; from 0 to {MAX_DISTANCE}")
+
+
+def find_duplicates(hashes: np.ndarray, *, distance: int) -> np.ndarray:
+    """True for each of `hashes` (n,) uint64 within `distance` bits of an earlier one that is False.
+
+    The first of its kind is kept; memory is a few times that of `hashes`, besides the pairs found.
+    """
+    check_distance(distance)
+    unique, firsts, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(firsts)  # unique hashes, by where each is first seen
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    near = _first_kept(len(unique), _near_pairs(unique[order], distance))
+    duplicate = near[rank[inverse]]
+    copies = np.ones(len(hashes), dtype=bool)
+    copies[firsts] = False
+    return duplicate | copies
+
+
+def _first_kept(count: int, pairs: np.ndarray) -> np.ndarray:
+    """Later members of `pairs` (m, 2) whose earlier member stays; pairs in order of the later."""
+    dropped = np.zeros(count, dtype=bool)
+    for earlier, later in pairs.tolist():
+        if not dropped[earlier]:
+            dropped[later] = True
+    return dropped
+
+
+def _near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """(m, 2) places in `hashes`, all different, whose bits differ in 1 to `distance` places."""
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for key in _keys(hashes, distance + _SHARED_BLOCKS):
+        order = np.argsort(key, kind="stable")
+        found.extend(_near_neighbours(hashes[order], key[order], order, distance))
+    pairs = np.unique(np.concatenate(found), axis=0)
+    return pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+
+
+def _keys(hashes: np.ndarray, blocks: int) -> Iterator[np.ndarray]:
+    """The bits of each three of `blocks` blocks, other bits zero."""
+    edges = [BITS * block // blocks for block in range(blocks + 1)]
+    masks = [(1 << high) - (1 << low) for low, high in zip(edges, edges[1:], strict=False)]
+    for chosen in combinations(masks, min(_SHARED_BLOCKS, blocks)):
+        yield hashes & np.uint64(sum(chosen))
+
+
+def _near_neighbours(
+    hashes: np.ndarray, key: np.ndarray, places: np.ndarray, distance: int
+) -> Iterator[np.ndarray]:
+    """Near pairs among neighbours of one key; arrays are sorted by `key`."""
+    left, step = np.arange(len(key)), 0
+    while len(left):
+        step += 1
+        left = left[: np.searchsorted(left, len(key) - step)]
+        left = left[key[left] == key[left + step]]
+        near = left[np.bitwise_count(hashes[left] ^ hashes[left + step]) <= distance]
+        yield np.sort(np.stack([places[near], places[near + step]], axis=1), axis=1)

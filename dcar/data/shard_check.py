@@ -1,0 +1,336 @@
+"""Everything that is wrong with one shard, found in one pass and in bounded memory.
+
+Against the manifest: size, sha256, samples. In the tar: where it breaks off, what no file takes.
+In the samples (`deep`): what a training stream would skip, under the stream's own reasons.
+"""
+
+import hashlib
+import io
+import json
+import math
+import tarfile
+import warnings
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from PIL import Image
+
+from dcar.data.distributors import advance
+from dcar.data.images import ImageTooLarge, read_pixels
+from dcar.data.members import MAX_MEMBER_BYTES, BadSample, DataError, Raw, split_name
+from dcar.data.samples import image_bytes, read_caption
+from dcar.data.shards import ShardEntry
+from dcar.data.storage import name_of, open_read
+
+LISTED = 100  # problems of one reason listed for a shard; the others are counted
+END_OF_TAR = 1024  # zero bytes that end an archive
+MAX_HEADER_BYTES = 2**20  # of a long name or of extended attributes
+_CHUNK = 2**16  # bytes; tarfile copies what is left of a chunk at every read
+_EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+
+
+def printable(text: str) -> str:
+    """Names come from strangers: no line breaks, terminal codes or halves of characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. key: of the sample or name of the member, "" for the shard itself.
+
+    Problems of one `reason` are counted together; `detail` is what differs between them.
+    """
+
+    shard: str
+    reason: str
+    key: str = ""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        line = ": ".join(part for part in (self.shard, self.key, self.reason) if part)
+        return printable(f"{line} ({self.detail})" if self.detail else line)
+
+
+@dataclass
+class ShardCheck:
+    """What was found in one shard. counts: problems by reason, also those beyond `LISTED`.
+
+    keys: a hash of every sample's key, uint64 (samples,).
+    """
+
+    name: str
+    samples: int = 0
+    size: int = 0
+    sha256: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def add(self, reason: str, key: str = "", detail: str = "") -> None:
+        self.counts[reason] += 1
+        if self.counts[reason] <= LISTED:
+            self.problems.append(Problem(self.name, reason, key, detail))
+
+
+class ShardFile:
+    """A file read once, front to end: how much, its sha256, where its last non-zero byte is."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.digest = stream, hashlib.sha256()
+        self.size, self.content, self.head, self.ended = 0, 0, b"", False
+
+    def read(self, size: int) -> bytes:
+        """Empty at the end, once: tarfile would ask on for as long as a header makes it believe."""
+        data = self.stream.read(size)
+        if not data and self.ended:
+            raise tarfile.ReadError("unexpected end of data")
+        self.ended = not data
+        self.digest.update(data)
+        self.head = self.head or data[:40]
+        if body := data.rstrip(b"\0"):
+            self.content = self.size + len(body)
+        self.size += len(data)
+        return data
+
+    def drain(self) -> None:
+        while not self.ended:
+            self.read(_CHUNK)
+
+
+class _Header(tarfile.TarInfo):
+    """Refuses a "name" of gigabytes, which tarfile would read into memory whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {header.size} bytes")
+        return header
+
+
+def open_tar(file: ShardFile) -> tarfile.TarFile:
+    """For reading front to end."""
+    return tarfile.open(fileobj=cast(Any, file), mode="r|", bufsize=_CHUNK, tarinfo=_Header)
+
+
+def _objection(info: tarfile.TarInfo) -> str:
+    """Why this member should not be there; "" for an ordinary one."""
+    faults = {
+        "absolute name": info.name.startswith("/"),
+        "name leads out of the folder": ".." in info.name.split("/"),
+        "link": info.issym() or info.islnk(),
+        "device": info.isdev(),
+        "sparse file": info.issparse(),
+        "unknown member type": split_name(info.name) is None,
+        "member too large": info.size > MAX_MEMBER_BYTES,
+    }
+    return next((reason for reason, is_so in faults.items() if is_so), "")
+
+
+def tar_samples(tar: tarfile.TarFile, check: ShardCheck, *, deep: bool) -> Iterator[Raw]:
+    """Neighbouring members of one key, as files group them; without `deep` their types alone."""
+    sample: Raw = {}
+    while (info := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # it would keep a million headers
+        if info.isdir():
+            continue
+        named = split_name(info.name)
+        if (reason := _objection(info)) or named is None:
+            check.add(reason, info.name)
+            continue
+        key, kind = named
+        if sample and key != sample["__key__"]:
+            yield sample
+            sample = {}
+        sample.setdefault("__key__", key)
+        if kind in sample:
+            check.add("member twice", info.name)
+            continue
+        file = tar.extractfile(info) if deep else None
+        sample[kind] = file.read() if file else b""
+    if sample:
+        yield sample
+
+
+def holds_captions(raw: Raw) -> bool:
+    """Whether this is a sample of a caption shard: further words for a picture elsewhere."""
+    return set(raw) == {"__key__", "json"} and b'"captions"' in _bytes(raw["json"])
+
+
+def sample_problems(
+    raw: Raw, *, captioned: bool | None = None, size: tuple[int, int] | None = None
+) -> list[str]:
+    """Every reason for which a stream would skip this sample; empty when it is good.
+
+    captioned: whether words are required; None: unless the sample has a class or tokens.
+    size: (width, height) in pixels that sizes.npz promises.
+    """
+    tokens = "ids.npy" in raw
+    required = not (tokens or "cls" in raw) if captioned is None else captioned
+    looks: list[Callable[[Raw], object]] = [
+        partial(_parse, kind="json", parse=json.loads),
+        partial(_parse, kind="cls", parse=int),
+        partial(read_caption, required=required),
+        _open_tokens if tokens else partial(_open_image, promised=size),
+    ]
+    if holds_captions(raw):
+        looks = [_read_captions]
+    reasons = []
+    for look in looks:
+        try:
+            look(raw)
+        except BadSample as error:
+            reasons.append(str(error))
+        except RecursionError:  # json in json in json
+            reasons.append("broken json")
+    return list(dict.fromkeys(reasons))
+
+
+def _bytes(data: bytes | str) -> bytes:
+    return data if isinstance(data, bytes) else data.encode()
+
+
+def _read_captions(raw: Raw) -> None:
+    """`{"captions": {name: words}}`, as data/caption writes them."""
+    _parse(raw, "json", json.loads)
+    described = json.loads(raw["json"])
+    captions = described.get("captions") if isinstance(described, dict) else None
+    if not isinstance(captions, dict) or not captions:
+        raise BadSample("no caption")
+    for words in captions.values():
+        read_caption({"txt": _bytes(words) if isinstance(words, str) else b""}, required=True)
+
+
+def _parse(raw: Raw, kind: str, parse: Callable[[Any], object]) -> None:
+    try:
+        if kind in raw:
+            parse(raw[kind])
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"broken {kind}") from error
+
+
+def _open_image(raw: Raw, *, promised: tuple[int, int] | None) -> None:
+    image = image_bytes(raw)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd metadata, which nobody reads
+            height, width, _ = read_pixels(image).shape
+    except (ImageTooLarge, Image.DecompressionBombError) as error:
+        raise BadSample("image too large") from error
+    except Exception as error:  # a hostile file may raise anything inside a decoder
+        raise BadSample("broken image") from error
+    if promised is not None and (width, height) != promised:
+        raise BadSample("size is not that of sizes.npz")
+
+
+def _open_tokens(raw: Raw) -> None:
+    """The headers alone: numpy would reserve whatever memory they promise."""
+    arrays = [_bytes(data) for kind, data in raw.items() if kind.endswith(".npy")]
+    if not all(map(_is_whole_array, arrays)):
+        raise BadSample("broken tokens")
+
+
+def _is_whole_array(data: bytes) -> bool:
+    file = io.BytesIO(data)
+    try:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except ValueError:
+        return False
+    promised = math.prod(shape) * dtype.itemsize
+    return not dtype.hasobject and file.tell() + promised == len(data)
+
+
+def check_shard(
+    url: str | Path,
+    entry: ShardEntry | None = None,
+    sizes: np.ndarray | None = None,
+    *,
+    deep: bool = True,
+    captioned: bool | None = None,
+) -> ShardCheck:
+    """Look at one shard by itself and, where `entry` is given, against the manifest's word.
+
+    sizes: (width, height) of its pictures as sizes.npz has them, (samples, 2).
+    Whatever is in the file becomes a problem of the result; nothing is raised for it.
+    """
+    check = ShardCheck(name_of(url))
+    try:
+        with open_read(str(url)) as stream:
+            file = ShardFile(stream)
+            _look_inside(file, check, deep=deep, captioned=captioned, sizes=sizes)
+    except (OSError, DataError) as error:
+        check.add("cannot be read", detail=str(error))
+        return check
+    check.size, check.sha256 = file.size, file.digest.hexdigest()
+    if entry is not None:
+        _compare(check, entry)
+    return check
+
+
+def _look_inside(
+    file: ShardFile,
+    check: ShardCheck,
+    *,
+    deep: bool,
+    captioned: bool | None,
+    sizes: np.ndarray | None,
+) -> None:
+    keys, last, fault, tar = array("Q"), "", "", None
+    promised = iter(() if sizes is None else map(tuple, sizes.tolist()))
+    try:
+        with open_tar(file) as tar:
+            for sample in tar_samples(tar, check, deep=deep):
+                last, size = str(sample["__key__"]), next(promised, None)
+                keys.append(_hash(last))
+                if deep:
+                    for reason in sample_problems(sample, captioned=captioned, size=size):
+                        check.add(reason, last)
+                advance(1, sum(map(len, sample.values())))
+    except Exception as error:  # tarfile raises many kinds for what is no tar
+        fault = f"{error or type(error).__name__}{last and f', after {last}'}"
+    file.drain()
+    check.samples, check.keys = len(keys), np.frombuffer(keys.tobytes(), np.uint64)
+    if sizes is not None and len(sizes) != len(keys):
+        check.add("samples are not those of sizes.npz", detail=f"{len(keys)}, not {len(sizes)}")
+    end = None if tar is None else tar.offset
+    _judge_end(file, check, end=end, fault=fault)
+
+
+def _judge_end(file: ShardFile, check: ShardCheck, *, end: int | None, fault: str) -> None:
+    """end: where tarfile stopped, None if it never started. It takes a damaged header for the end
+    of the archive and says nothing; the true end is zeros and nothing but zeros."""
+    if file.size == 0:
+        check.add("empty file")
+    elif end is None:
+        check.add("no tar", detail=f"it begins with {file.head!r}")
+    elif fault or file.content > end:
+        check.add("breaks off", detail=fault or f"no header at byte {end}")
+    elif file.size - end < END_OF_TAR:
+        check.add("breaks off", detail="the end of the archive is missing")
+    elif check.samples == 0:
+        check.add("no samples")
+
+
+def _compare(check: ShardCheck, entry: ShardEntry) -> None:
+    if check.size != entry.bytes:
+        check.add("size is not the manifest's", detail=f"{check.size} bytes, not {entry.bytes}")
+    elif check.sha256 != entry.sha256:
+        check.add("sha256 is not the manifest's", detail=f"{check.sha256}, not {entry.sha256}")
+    if check.samples != entry.samples:
+        detail = f"{check.samples}, not {entry.samples}"
+        check.add("samples are not the manifest's", detail=detail)
+
+
+def _hash(key: str) -> int:
+    data = key.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())

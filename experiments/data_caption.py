@@ -1,0 +1,41 @@
+"""The task of `--exp=data/caption`: shards of pictures to shards of captions."""
+
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from dcar.lit.captioning import NO_CAPTION, CaptionPredictor, PictureDecoder
+from dcar.models.captioner import Captioner, Prompt
+from experiments.config import ConfigError
+from experiments.predict import predict_shards
+from experiments.run import RunOptions
+
+
+def read_prompts(prompts: dict[str, Any]) -> dict[str, Prompt]:
+    """Prompts by name from the config; a wrong one is a ConfigError that names it."""
+    found = {}
+    for name, fields in prompts.items():
+        try:
+            found[name] = Prompt(**fields)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"prompts.{name}: {error}") from error
+    return found
+
+
+def caption(config: DictConfig, options: RunOptions) -> None:
+    """Caption every picture of `in` once for each prompt."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    captioner = Captioner(config.model, dtype=config.dtype, generation=plain["generation"])
+    predictor = CaptionPredictor(captioner=captioner, prompts=read_prompts(plain["prompts"]))
+    settings = {
+        "kind": "captions",
+        **{key: plain[key] for key in ("model", "dtype", "prompts", "generation", "max_side")},
+    }
+    predict_shards(
+        config,
+        options,
+        module=predictor,
+        decode=PictureDecoder(max_side=config.max_side),
+        settings=settings,
+        nothing_made=NO_CAPTION,
+    )

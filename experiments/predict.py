@@ -1,0 +1,69 @@
+"""What data/precompute and data/caption share: shards in, shards out, on any number of devices."""
+
+from datetime import timedelta
+from typing import Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from omegaconf import DictConfig, OmegaConf
+
+from dcar.data.storage import name_of, parent
+from dcar.lit.shard_reader import Decode, ShardReading, find_sources
+from dcar.lit.shard_writer import Progress, ShardPredictionWriter
+from experiments.run import RunOptions
+from experiments.strategy import device_count
+from experiments.train import build, resolve_precision
+
+PATIENCE = timedelta(days=30)  # of a rank that is done while another works on its last shards
+
+
+def resolve_strategy(settings: dict[str, Any]) -> str | Strategy:
+    """`auto` with several processes is one copy of the model on each."""
+    if settings["strategy"] != "auto" or device_count(settings) == 1:
+        return str(settings["strategy"])
+    return DDPStrategy(timeout=PATIENCE)
+
+
+def build_trainer(config: DictConfig, **options: Any) -> Trainer:
+    settings = cast(dict[str, Any], OmegaConf.to_container(config.trainer, resolve=True))
+    settings["devices"] = settings["devices"] or "auto"
+    settings["precision"] = resolve_precision(str(settings["precision"]))
+    settings["strategy"] = resolve_strategy(settings)
+    return Trainer(**settings, **options)
+
+
+def predict_shards(
+    config: DictConfig,
+    options: RunOptions,
+    *,
+    module: LightningModule,
+    decode: Decode,
+    settings: dict[str, Any],
+    nothing_made: str = "nothing made",
+) -> None:
+    """One output shard in `out` for each input shard in `in`; what is finished is not made again.
+
+    settings: what the predictions depend on; shards of other settings in `out` are refused. Raises
+    ValueError, FileNotFoundError and DataError as the reader and writer do.
+    """
+    sources = find_sources(cast(dict[str, Any], OmegaConf.to_container(config))["in"])
+    progress = Progress(
+        config.out,
+        settings,
+        source=name_of(parent(sources[0].url)),
+        splits={source.name: source.split for source in sources},
+    )
+    data = ShardReading(
+        sources,
+        decode=decode,
+        is_finished=progress.is_finished,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        cache=build(config.shard_cache),
+    )
+    if options.dry_run:
+        trainer = build_trainer(config, fast_dev_run=1)
+    else:
+        writer = ShardPredictionWriter(progress, max_bad=config.max_bad, nothing_made=nothing_made)
+        trainer = build_trainer(config, callbacks=[writer], logger=False)
+    trainer.predict(module, datamodule=data, return_predictions=False)
