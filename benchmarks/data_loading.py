@@ -28,8 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.jpeg_decoders import jpeg, photo
+from dcar.data.index import read_shard
 from dcar.data.loader import ShardLoader
-from dcar.data.shards import read_shard, write_manifest, write_shards
+from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
 

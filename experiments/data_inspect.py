@@ -163,12 +163,12 @@ def drawn(folder: str, samples: int, *, seed: int, split: str | None) -> list[Ce
     if samples < 1:
         raise ConfigError(f"samples={samples}; it must be at least 1")
     urls = data_verify.shard_urls(folder)
-    splits = {data_verify.split_of(name_of(url)) or "all" for url in urls}
-    if split is not None and split not in splits:
-        raise ConfigError(f"split={split}: {folder} has {sorted(splits)}")
-    urls = [u for u in urls if split in (None, data_verify.split_of(name_of(u)) or "all")]
     if not urls:
         raise FileNotFoundError(f"no shard (*.tar) in {folder}")
+    splits = data_verify.splits_of(folder)
+    urls = [url for url in urls if split in (None, splits[name_of(url)])]
+    if not urls:
+        raise ConfigError(f"split={split}: {folder} has {sorted(set(splits.values()))}")
     shards = ShardSet(urls)
     ends = list(accumulate(shards.counts))
     places = random.Random(f"{seed}/peek").sample(range(ends[-1]), min(samples, ends[-1]))

@@ -54,5 +54,9 @@ def precompute(config: DictConfig, options: RunOptions) -> None:
         options,
         module=predictor,
         decode=ImageDecoder(transform, captioned=config.captioned),
-        settings={**facts, "crop": config.crop, "precision": resolve_precision(config.trainer.precision)},
+        settings={
+            **facts,
+            "crop": config.crop,
+            "precision": resolve_precision(config.trainer.precision),
+        },
     )

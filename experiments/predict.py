@@ -56,7 +56,7 @@ def predict_shards(
     data = ShardReading(
         sources,
         decode=decode,
-        is_finished=progress.is_finished,
+        finished=progress.finished,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         cache=build(config.shard_cache),

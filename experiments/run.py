@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
-from dcar.data.shards import DataError
+from dcar.data.members import DataError
 from dcar.lit.base import NonFiniteError
 from dcar.lit.last_checkpoint import Interrupted
 from dcar.models.checkpoints import CheckpointError

@@ -15,8 +15,8 @@ from dcar.data.build import Report, build
 from dcar.data.build_unit import BuildTask
 from dcar.data.distributors import Distributor, Outcome, Task, Tick
 from dcar.data.filters import Filters
+from dcar.data.index import read_shard
 from dcar.data.members import DataError, Raw
-from dcar.data.shards import read_shard
 from dcar.data.sources.source import Record, Unit
 
 

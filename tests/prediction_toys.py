@@ -98,7 +98,7 @@ def make_tokens(
     data = ShardReading(
         sources,
         decode=ImageDecoder(ImageTransform(SIZE), captioned=True),
-        is_finished=progress.is_finished,
+        finished=progress.finished,
         batch_size=4,
         num_workers=0,
         cache=ShardCache(out / "cache"),

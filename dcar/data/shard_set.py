@@ -108,7 +108,7 @@ class ShardSet:
         self,
         urls: str | Path | Iterable[str | Path],
         *,
-        captions: str | Path | Sequence[str | Path] = (),
+        captions: str | Path | Sequence[str | Path] | None = None,
         cache: ShardCache | None = None,
     ):
         self.cache = cache or ShardCache()
@@ -120,7 +120,7 @@ class ShardSet:
             entry.samples if entry else count_samples(self.cache.fetch(url))
             for url, entry in zip(self.urls, self.entries, strict=True)
         ]
-        folders = [captions] if isinstance(captions, str | Path) else list(captions)
+        folders = [captions] if isinstance(captions, str | Path) else list(captions or ())
         self.caption_folders = [str(folder) for folder in folders]
         self.shards = OpenShards(self.cache)
 

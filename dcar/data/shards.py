@@ -18,17 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dcar.data.index import read_shard  # noqa: F401
-from dcar.data.members import (  # noqa: F401
-    IMAGE_TYPES,
-    MEMBER_TYPES,
-    TOKEN_TYPES,
-    BadSample,
-    DataError,
-    Raw,
-    check_key,
-)
-from dcar.data.storage import expand, exists, join, name_of, open_read, read_bytes, write_atomically
+from dcar.data.members import MEMBER_TYPES, DataError, check_key
+from dcar.data.storage import exists, join, name_of, open_read, read_bytes, write_atomically
 
 MANIFEST, SIZES = "manifest.json", "sizes.npz"
 
@@ -211,35 +202,3 @@ def read_sizes(folder: str | Path) -> dict[str, np.ndarray]:
             return {name: stored[name] for name in stored.files}
     except (ValueError, OSError, KeyError) as error:
         raise DataError(f"{url} holds no sizes: {error}") from error
-
-
-def verify(folder: str | Path) -> list[str]:
-    """One sentence per shard that is not what the manifest says; empty when all is well.
-
-    Raises FileNotFoundError when the folder has no manifest.
-    """
-    folder = Path(folder)
-    if not (folder / MANIFEST).exists():
-        raise FileNotFoundError(f"no {MANIFEST} in {folder}")
-    problems = []
-    for name, entry in read_manifest(folder).items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name}: missing")
-        elif (found := describe(path, entry.samples)) != entry:
-            problems.append(f"{name}: sha256 {found.sha256} is not {entry.sha256}")
-        elif (count := sum(1 for _ in read_shard(path))) != entry.samples:
-            problems.append(f"{name}: {count} samples, the manifest says {entry.samples}")
-    return problems
-
-
-def count_samples(paths: list) -> list[int]:
-    from dcar.data.index import count_samples as count
-
-    manifests = {folder: read_manifest(folder) for folder in {Path(path).parent for path in paths}}
-    return [
-        manifests[Path(path).parent][Path(path).name].samples
-        if Path(path).name in manifests[Path(path).parent]
-        else count(path)
-        for path in paths
-    ]

@@ -24,7 +24,7 @@ from dcar.data.shard_check import ShardCheck, ShardFile, holds_captions, open_ta
 from dcar.data.shard_set import caption_names
 from dcar.data.shards import ShardEntry, read_facts, read_manifest, read_sizes
 from dcar.data.storage import name_of, open_read
-from dcar.data.verify import over_processes, quiet, shard_urls, split_of
+from dcar.data.verify import over_processes, quiet, shard_urls, splits_of
 
 QUANTILES = {"min": 0, "p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "max": 100}
 ASPECT_EDGES = 2 ** np.linspace(-2, 2, 33)  # of width / height; rarer ones fall in the outer bins
@@ -218,7 +218,7 @@ def _together(
     shards = sorted(shards, key=lambda shard: shard.name)
     samples = [listed[s.name].samples if s.name in listed else s.samples for s in shards]
     return SplitStats(
-        split=split or "all",
+        split=split,
         shards=len(shards),
         samples=sum(samples),
         looked=sum(shard.samples for shard in shards),
@@ -324,10 +324,11 @@ def collect(
     tasks = [(url, listed.get(name_of(url)), sizes.get(name_of(url))) for url in urls]
     measure = partial(measure_shard, samples=samples, captioned=captioned)
     by_split: dict[str, list[ShardStats]] = {}
+    splits = splits_of(folder)
     for shard in over_processes(measure, tasks, processes, tick):
-        by_split.setdefault(split_of(shard.name), []).append(shard)
-    splits = [
+        by_split.setdefault(splits[shard.name], []).append(shard)
+    together = [
         _together(split, by_split[split], listed, built.get(split, {}).get("dropped", {}))
         for split in sorted(by_split)
     ]
-    return Stats(str(folder), splits)
+    return Stats(str(folder), together)

@@ -1,5 +1,6 @@
 """Every altered or unusable shard of a folder, named: one task a shard, over several processes."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dcar.data.shard_check import (
     tar_samples,
 )
 from dcar.data.shards import MANIFEST, ShardEntry, read_manifest, read_sizes
-from dcar.data.storage import exists, join, list_files, name_of, open_read, parent
+from dcar.data.storage import exists, join, list_files, name_of, open_read, parent, read_bytes
 
 SMALL = 64 * 2**20  # bytes that one process looks through while others would start
 
@@ -41,9 +42,29 @@ def quiet(samples: int, size: int) -> None:
     """For nobody who waits."""
 
 
+def shard_urls(folder: str | Path) -> list[str]:
+    """The shards that lie in a folder itself, by name."""
+    inside = str(folder).rstrip("/")
+    return [u for u in list_files(inside) if u.endswith(".tar") and parent(u) == inside]
+
+
 def split_of(name: str) -> str:
-    """The split a shard's name tells: "train" of `train-000012.tar`, "" of `00012.tar`."""
-    return name.removesuffix(".tar").rpartition("-")[0]
+    """The split a shard's name tells: "train" of `train-000012.tar`, "all" of `00012.tar`."""
+    return name.removesuffix(".tar").rpartition("-")[0] or "all"
+
+
+def splits_of(folder: str | Path) -> dict[str, str]:
+    """Shard file name -> its split: the manifest's word, else what the name tells.
+
+    Raises DataError for a manifest that cannot be read.
+    """
+    splits = {name_of(url): split_of(name_of(url)) for url in shard_urls(folder)}
+    if read_manifest(folder):
+        shards = json.loads(read_bytes(join(folder, MANIFEST)))["shards"]
+        splits |= {
+            shard["name"]: str(shard.get("split", split_of(shard["name"]))) for shard in shards
+        }
+    return splits
 
 
 def _find_repeated(folder: str, checks: Sequence[ShardCheck]) -> None:
@@ -69,12 +90,6 @@ def _keys_at(url: str, positions: np.ndarray) -> Iterator[str]:
         for position, sample in enumerate(samples):
             if position in wanted:
                 yield str(sample["__key__"])
-
-
-def shard_urls(folder: str | Path) -> list[str]:
-    """The shards that lie in a folder itself, by name."""
-    inside = str(folder).rstrip("/")
-    return [u for u in list_files(inside) if u.endswith(".tar") and parent(u) == inside]
 
 
 def over_processes(
@@ -173,6 +188,7 @@ def verify(
         checks.append(ShardCheck(name))
         checks[-1].add("missing")
     checks.sort(key=lambda check: check.name)
-    for split in sorted({split_of(check.name) for check in checks}):
-        _find_repeated(str(folder), [check for check in checks if split_of(check.name) == split])
+    splits = splits_of(folder)
+    for split in sorted(set(splits.values())):
+        _find_repeated(str(folder), [check for check in checks if splits[check.name] == split])
     return Report(str(folder), listed, checks)

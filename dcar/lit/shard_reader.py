@@ -156,7 +156,7 @@ class ShardReader(IterableDataset):
 class ShardReading(LightningDataModule):
     """Hands the shards that are not finished yet to ranks: rank r of W gets r, r + W, ...
 
-    is_finished: asked by name on the first rank only, so that all ranks agree.
+    finished: names of those that are; asked on the first rank only, so that all ranks agree.
     num_workers: processes that read and decode, on each rank. own: this rank's shards.
     """
 
@@ -167,13 +167,13 @@ class ShardReading(LightningDataModule):
         sources: Sequence[Source],
         *,
         decode: Decode,
-        is_finished: Callable[[str], bool],
+        finished: Callable[[], set[str]],
         batch_size: int,
         num_workers: int,
         cache: ShardCache,
     ):
         super().__init__()
-        self.sources, self.decode, self.is_finished = list(sources), decode, is_finished
+        self.sources, self.decode, self.finished = list(sources), decode, finished
         self.batch_size, self.num_workers, self.cache = batch_size, num_workers, cache
 
     def predict_dataloader(self) -> DataLoader:
@@ -181,7 +181,8 @@ class ShardReading(LightningDataModule):
         assert trainer is not None
         remaining: list[Source] = []
         if trainer.is_global_zero:
-            remaining = [each for each in self.sources if not self.is_finished(each.name)]
+            finished = self.finished()
+            remaining = [source for source in self.sources if source.name not in finished]
         remaining = trainer.strategy.broadcast(remaining)
         self.own = remaining[trainer.global_rank :: trainer.world_size]
         reader = ShardReader(

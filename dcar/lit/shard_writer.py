@@ -16,7 +16,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from dcar.data.shards import DataError, Raw, ShardEntry, ShardWriter, write_manifest
+from dcar.data.members import DataError, Raw
+from dcar.data.shards import ShardEntry, ShardWriter, write_manifest
 from dcar.data.storage import (
     exists,
     is_remote,
@@ -57,7 +58,8 @@ class Progress:
     """Which shards of an output folder are finished: each has a record, written after the shard.
 
     So a shard without one was not finished, or nothing is known of it, and it is made again.
-    settings: of the run, as plain data, kept in every record and in the manifest.
+    settings: of the run, as plain data, kept in every record and in the manifest: one folder holds
+        shards of one settings only.
     splits: of output shards by name, for the manifest. source: where the input lies, for it too.
     """
 
@@ -65,17 +67,23 @@ class Progress:
         self.folder, self.source, self.splits = folder, source, splits
         self.settings = json.loads(json.dumps(settings))
 
-    def is_finished(self, name: str) -> bool:
-        """Raises ValueError naming what differs where the shard was made with other settings."""
-        url = self._url(name)
-        if not (exists(url) and exists(join(self.folder, name))):
-            return False
-        if lines := differing(self.settings, json.loads(read_bytes(url))["settings"]):
-            raise ValueError(
-                f"{join(self.folder, name)} was made with other settings: give another folder "
-                f"({'; '.join(lines)})"
-            )
-        return True
+    def finished(self) -> set[str]:
+        """Names of the shards that need not be made again. Raises as `_records` does."""
+        names = {record["shard"]["name"] for record in self._records()}
+        return {name for name in names if exists(join(self.folder, name))}
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Raises ValueError naming what differs where other settings made one of the shards."""
+        folder = join(self.folder, RECORDS)
+        urls = list_files(folder) if exists(folder) else []
+        records = [json.loads(read_bytes(url)) for url in urls if url.endswith(".json")]
+        for record in records:
+            if lines := differing(self.settings, record["settings"]):
+                raise ValueError(
+                    f"{join(self.folder, record['shard']['name'])} was made with other settings: "
+                    f"give another folder ({'; '.join(lines)})"
+                )
+        return records
 
     def add(self, entry: ShardEntry, dropped: Counter[str], tried: int) -> None:
         record = {
@@ -101,8 +109,7 @@ class Progress:
 
         Raises DataError, and writes none, where too many samples were dropped.
         """
-        urls = [url for url in list_files(join(self.folder, RECORDS)) if url.endswith(".json")]
-        records = [json.loads(read_bytes(url)) for url in urls]
+        records = self._records()
         dropped = sum((Counter(record["dropped"]) for record in records), Counter())
         judge(dropped, sum(record["tried"] for record in records), max_bad)
         shards: dict[str, list[ShardEntry]] = {}

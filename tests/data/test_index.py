@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import pickle
 import random
 import tarfile
 from pathlib import Path
@@ -119,6 +120,22 @@ def test_members_of_other_types_links_and_devices_are_passed_over(tmp_path):
     assert [raw["__key__"] for raw in raws] == ["k1", "../k2", "/k3"]
     assert set(raws[0]) == {"__key__", "txt"}
     assert sorted(Path(tmp_path).rglob("*")) == before
+
+
+class Payload:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_pickles_are_neither_run_nor_returned(tmp_path):
+    poison = pickle.dumps(Payload(tmp_path / "ran"))
+    names = ("a.pyd", "a.pickle", "a.pth", "a.npy", "a.txt.pickle", "a.TXT")
+    path = plant(tmp_path / "x.tar", [(name, poison) for name in names])
+    assert [set(raw) for raw in read_shard(path)] == [{"__key__", "txt"}]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_sparse_file_is_not_inflated(tmp_path):

@@ -1,24 +1,26 @@
-"""Shards: same bytes each time, nothing half written, nothing executed, every change noticed."""
+"""Shards: same bytes each time, nothing half written, what others' readers make of them."""
 
-import io
+import hashlib
 import os
-import pickle
-import random
-import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import webdataset
+from datasets import Image, load_dataset
 
+from dcar.data.index import read_shard
+from dcar.data.members import DataError
 from dcar.data.shards import (
-    DataError,
-    count_samples,
-    expand,
+    ShardWriter,
+    describe,
+    read_facts,
     read_manifest,
-    read_shard,
-    verify,
+    read_sizes,
     write_manifest,
     write_shards,
 )
+from dcar.data.storage import expand
 
 
 def samples(count: int) -> list[dict[str, bytes | str]]:
@@ -32,15 +34,6 @@ def folder_of(tmp_path: Path, count: int = 10, per_shard: int = 4) -> Path:
     entries = write_shards(samples(count), tmp_path / "set", "train", per_shard)
     write_manifest(tmp_path / "set", {"train": entries})
     return tmp_path / "set"
-
-
-def plant(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_what_was_written_is_read_back_in_order(tmp_path):
@@ -90,119 +83,67 @@ def test_a_sample_no_reader_would_take_is_refused_by_the_writer(tmp_path, sample
         write_shards([sample], tmp_path, "train", 1)
 
 
-def test_an_untouched_folder_verifies(tmp_path):
-    assert verify(folder_of(tmp_path)) == []
-
-
-def test_verify_names_every_truncated_and_every_flipped_shard(tmp_path):
-    folder = folder_of(tmp_path)
-    path = folder / "train-000001.tar"
-    whole, rng = path.read_bytes(), random.Random(0)
-    for _ in range(60):
-        path.write_bytes(whole[: rng.randrange(len(whole))])
-        assert [problem.split(":")[0] for problem in verify(folder)] == [path.name]
-        place = rng.randrange(len(whole))
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert [problem.split(":")[0] for problem in verify(folder)] == [path.name]
-
-
-def test_verify_names_a_missing_shard_and_a_wrong_count(tmp_path):
-    folder = folder_of(tmp_path)
-    (folder / "train-000000.tar").unlink()
-    entries = list(read_manifest(folder).values())
-    wrong = [
-        entry if entry.samples != 2 else type(entry)(**{**vars(entry), "samples": 3})
-        for entry in entries
-    ]
-    write_manifest(folder, {"train": wrong})
-    assert [problem.split(":")[0] for problem in verify(folder)] == [
-        "train-000000.tar",
-        "train-000002.tar",
-    ]
-
-
-def test_braces_and_globs_name_the_same_shards(tmp_path):
-    folder = folder_of(tmp_path)
-    assert expand(f"{folder}/train-{{000000..000002}}.tar") == expand(f"{folder}/train-*.tar")
-    assert len(expand([folder / "train-000000.tar", folder / "train-000002.tar"])) == 2
-
-
-@pytest.mark.parametrize("url", ["pipe:touch {0}", "http://host/a.tar", "s3://b/a.tar", "file:{0}"])
-def test_urls_are_refused_and_no_shell_runs(tmp_path, url):
-    marker = tmp_path / "ran"
-    with pytest.raises(ValueError, match="no URL scheme"):
-        expand(url.format(marker))
-    with pytest.raises(ValueError, match="no URL scheme"):
-        list(read_shard(url.format(marker)))
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("pattern", ["none-*.tar", "none.tar", "train-{000000..000009}.tar"])
-def test_a_pattern_without_shards_is_an_error_that_names_it(tmp_path, pattern):
-    folder = folder_of(tmp_path)
-    with pytest.raises(FileNotFoundError) as error:
-        expand(str(folder / pattern))
-    assert pattern in str(error.value)
-
-
-class Payload:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def test_members_of_other_types_are_neither_run_nor_returned(tmp_path):
-    poison = pickle.dumps(Payload(tmp_path / "ran"))
-    names = ("a.pyd", "a.pickle", "a.pth", "a.npy", "a.txt.pickle", "a.TXT")
-    path = plant(tmp_path / "x.tar", dict.fromkeys(names, poison))
-    assert [set(raw) for raw in read_shard(path)] == [{"__key__", "txt"}]
-    assert not (tmp_path / "ran").exists()
-
-
-def test_links_and_paths_that_climb_out_write_nothing(tmp_path):
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    with tarfile.open(inside / "x.tar", "w") as tar:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE):
-            info = tarfile.TarInfo("link.txt")
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
-        info = tarfile.TarInfo("../out.txt")
-        info.size = 1
-        tar.addfile(info, io.BytesIO(b"x"))
-    before = sorted(tmp_path.rglob("*"))
-    assert [raw["__key__"] for raw in read_shard(inside / "x.tar")] in ([], ["../out"])
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>503</html>" * 200, b"\0" * 100])
-def test_what_is_no_tar_is_an_error_that_names_the_file(tmp_path, content):
-    (tmp_path / "x.tar").write_bytes(content)
-    with pytest.raises(DataError, match="x.tar"):
-        list(read_shard(tmp_path / "x.tar"))
-
-
-def test_a_member_named_twice_is_an_error(tmp_path):
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        for _ in range(2):
-            tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO(b""))
-    with pytest.raises(DataError, match="x.tar"):
-        list(read_shard(path))
-
-
-def test_counts_come_from_the_manifest_or_from_reading(tmp_path):
-    folder = folder_of(tmp_path)
-    paths = expand(folder / "train-*.tar")
-    assert count_samples(paths) == [4, 4, 2]
-    (folder / "manifest.json").unlink()
-    assert count_samples(paths) == [4, 4, 2]
-
-
 def test_a_broken_manifest_is_an_error(tmp_path):
     folder = folder_of(tmp_path)
     (folder / "manifest.json").write_text('{"shards": [{"name": "a"}]}')
     with pytest.raises(DataError, match="manifest"):
         read_manifest(folder)
+
+
+def test_a_key_written_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'a/000' is written twice"):
+        write_shards([*samples(1), *samples(1)], tmp_path, "train", 5)
+
+
+def test_the_entry_describes_the_file(tmp_path):
+    (entry,) = write_shards(samples(3), tmp_path, "train", 5)
+    data = (tmp_path / entry.name).read_bytes()
+    assert (entry.samples, entry.bytes) == (3, len(data))
+    assert entry.sha256 == hashlib.sha256(data).hexdigest()
+    assert describe(tmp_path / entry.name, 3) == entry
+
+
+def test_a_writer_tells_its_size_as_it_grows(tmp_path):
+    with ShardWriter(tmp_path / "x.tar") as writer:
+        sizes = []
+        for sample in samples(3):
+            writer.write(sample)
+            sizes.append(writer.size)
+    assert sizes == sorted(set(sizes)) and writer.samples == 3
+    assert writer.entry.bytes >= sizes[-1]
+
+
+def test_facts_and_sizes_stand_beside_the_shards(tmp_path):
+    entries = write_shards(samples(2), tmp_path, "train", 5)
+    sizes = {entries[0].name: np.array([[640, 480], [30_000, 1]], np.uint16)}
+    write_manifest(tmp_path, {"train": entries}, sizes=sizes, seed=3)
+    assert read_facts(tmp_path) == {"seed": 3}
+    assert read_sizes(tmp_path)[entries[0].name].tolist() == [[640, 480], [30_000, 1]]
+    assert (read_facts(tmp_path / "none"), read_sizes(tmp_path / "none")) == ({}, {})
+
+
+def test_sizes_are_the_same_bytes_each_time(tmp_path):
+    sizes = {"b": np.ones((3, 2), np.uint16), "a": np.zeros((2, 2), np.uint16)}
+    for folder, listed in (("one", sizes), ("two", dict(reversed(sizes.items())))):
+        write_manifest(tmp_path / folder, {}, sizes=listed)
+    one, two = ((tmp_path / folder / "sizes.npz").read_bytes() for folder in ("one", "two"))
+    assert one == two
+
+
+def test_damaged_sizes_are_an_error(tmp_path):
+    (tmp_path / "sizes.npz").write_bytes(b"PK no")
+    with pytest.raises(DataError, match="sizes.npz"):
+        read_sizes(tmp_path)
+
+
+def test_hf_datasets_and_webdataset_read_what_is_written(tmp_path):
+    write_shards(samples(5), tmp_path, "train", 3)
+    paths = sorted(str(path) for path in tmp_path.glob("*.tar"))
+    expected = [(sample["__key__"], sample["txt"], sample["webp"]) for sample in samples(5)]
+    plain = webdataset.WebDataset(paths, shardshuffle=False)
+    assert [(each["__key__"], each["txt"], each["webp"]) for each in plain] == expected
+    rows = load_dataset("webdataset", data_files=paths, split="train", streaming=True)
+    raw = rows.cast_column("webp", Image(decode=False))
+    assert [
+        (each["__key__"], each["txt"].encode(), each["webp"]["bytes"]) for each in raw
+    ] == expected

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         sample("d", jpg=picture(8, 8), cls=b"5"),
     ]
     shards = {
-        "train": write_shards(train, tmp_path, "train", 3),
+        "train": write_shards(train, tmp_path, "mine-train", 3),
         "val": write_shards([sample("e", png=picture(10, 10), txt=b"x")], tmp_path, "val", 3),
     }
     dropped = {"train": {"dropped": {"too small": 7}}, "val": {"dropped": {}}}
@@ -51,7 +51,7 @@ def test_each_split_is_counted_by_itself(folder: Path) -> None:
         ("train", 2, 4, 4),
         ("val", 1, 1, 1),
     ]
-    assert train.bytes == sum(path.stat().st_size for path in folder.glob("train-*.tar"))
+    assert train.bytes == sum(path.stat().st_size for path in folder.glob("mine-train-*.tar"))
     assert train.sizes.tolist() == [[40, 20], [30, 60], [16, 16], [8, 8]]
     assert train.shorter.tolist() == [20, 30, 16, 8] and train.aspect.tolist() == [2, 0.5, 1, 1]
     assert train.words.tolist() == [3, 3, 1] and train.caption_bytes.tolist() == [11, 16, 3]
@@ -68,8 +68,8 @@ def test_pictures_are_measured_as_shown(tmp_path: Path) -> None:
 
 
 def test_sizes_that_are_known_are_not_read_again(folder: Path) -> None:
-    entries = [e for e in read_manifest(folder).values() if e.name.startswith("train")]
-    sizes = {"train-000000.tar": np.array([[5, 6], [7, 8], [9, 9]], np.uint16)}
+    entries = [e for e in read_manifest(folder).values() if e.name.startswith("mine")]
+    sizes = {"mine-train-000000.tar": np.array([[5, 6], [7, 8], [9, 9]], np.uint16)}
     write_manifest(folder, {"train": entries}, sizes=sizes)
     assert split_of(folder).sizes.tolist() == [[5, 6], [7, 8], [9, 9], [8, 8]]
 
@@ -100,7 +100,7 @@ def test_pictures_above_the_limit_are_skipped(tmp_path: Path) -> None:
 
 
 def test_samples_lost_with_their_shard_are_counted(folder: Path) -> None:
-    path = folder / "train-000000.tar"
+    path = folder / "mine-train-000000.tar"
     path.write_bytes(path.read_bytes()[:3700])  # in the second sample's picture
     train = split_of(folder)
     assert train.skipped == {"lost with its shard": 2} and (train.samples, train.looked) == (4, 2)
@@ -136,7 +136,7 @@ def test_further_captions_count_as_words_of_no_picture(tmp_path: Path) -> None:
 def test_quantiles_are_values_that_occur() -> None:
     found = quantiles(np.arange(101))
     assert found == {"min": 0, "p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "max": 100}
-    assert quantiles(np.empty(0)) == {}
+    assert quantiles(np.array([1, 10]))["p25"] == 1 and quantiles(np.empty(0)) == {}
 
 
 @pytest.mark.parametrize("top", [1, 7, 39, 40, 41, 500, 12345])
@@ -165,9 +165,9 @@ def test_the_summary_is_plain_json_and_adds_up(folder: Path) -> None:
 
 
 def test_one_shard_is_measured_alone(folder: Path) -> None:
-    shard = measure_shard(folder / "train-000001.tar")
-    assert (shard.name, shard.samples) == ("train-000001.tar", 1)
-    assert shard.size == (folder / "train-000001.tar").stat().st_size
+    shard = measure_shard(folder / "mine-train-000001.tar")
+    assert (shard.name, shard.samples) == ("mine-train-000001.tar", 1)
+    assert shard.size == (folder / "mine-train-000001.tar").stat().st_size
 
 
 def test_a_folder_without_shards_is_an_error_that_names_it(tmp_path: Path) -> None:

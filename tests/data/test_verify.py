@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from dcar.data.members import DataError
 from dcar.data.shard_check import ShardCheck
 from dcar.data.shards import read_manifest, write_manifest, write_shards
-from dcar.data.verify import over_processes, quiet, shard_urls, split_of, verify
+from dcar.data.verify import over_processes, quiet, shard_urls, split_of, splits_of, verify
 
 
 def picture(size: tuple[int, int] = (8, 8)) -> bytes:
@@ -175,10 +176,31 @@ def test_shards_are_the_tars_of_the_folder_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("train-000012.tar", "train"), ("in-1k-val-07.tar", "in-1k-val"), ("7.tar", "")],
+    [("train-000012.tar", "train"), ("in-1k-val-07.tar", "in-1k-val"), ("7.tar", "all")],
 )
 def test_the_split_is_in_the_name(name: str, split: str) -> None:
     assert split_of(name) == split
+
+
+def test_the_manifest_knows_splits_better_than_names(tmp_path: Path) -> None:
+    train = write_shards(samples(4), tmp_path, "mine-train", 4)
+    val = write_shards(samples(4, start=3), tmp_path, "mine-val", 4)
+    write_manifest(tmp_path, {"train": [*train, *val]})
+    write_shards(samples(4), tmp_path, "new", 4)
+    names = ["mine-train-000000.tar", "mine-val-000000.tar", "new-000000.tar"]
+    assert splits_of(tmp_path) == dict(zip(names, ["train", "train", "new"], strict=True))
+    assert verify(tmp_path, processes=1).counts == {"duplicate key": 1, "not in the manifest": 1}
+
+
+def test_a_folder_of_a_store_is_looked_at_like_a_local_one(folder: Path) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(folder), "/verify-set", recursive=True)
+    try:
+        assert verify("memory://verify-set", processes=1).altered == []
+        store.pipe("/verify-set/val-000000.tar", b"<html>")
+        assert verify("memory://verify-set", processes=1).altered == ["val-000000.tar"]
+    finally:
+        store.rm("/verify-set", recursive=True)
 
 
 def test_a_folder_without_shards_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -94,9 +94,11 @@ def test_only_what_is_missing_is_made_again(
 
 
 def test_other_settings_need_another_folder(
-    toys: Path, straight: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+    toys: Path, straight: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(toys, toys / "straight", "crop=adm")) == 2
+    """Also for shards that are not there yet: one manifest speaks for all of them."""
+    new = write_pictures(tmp_path / "new", (2,), split="val")
+    assert main(command(toys, toys / "straight", "crop=adm", f"in={new}/*.tar")) == 2
     assert "crop: 'adm' here, 'center' there" in capsys.readouterr().err
     assert shard_bytes(toys / "straight") == straight
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dcar.data.cache import ShardCache
-from dcar.data.members import BadSample, Raw
-from dcar.data.shards import DataError, write_shards
+from dcar.data.members import BadSample, DataError, Raw
+from dcar.data.shards import write_shards
 from dcar.lit.shard_reader import ShardReader, collate, find_sources
 from tests.prediction_toys import UNEVEN, row, write_pictures
 

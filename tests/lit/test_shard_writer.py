@@ -13,7 +13,8 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from dcar.data.index import read_shard
-from dcar.data.shards import DataError, ShardEntry, read_facts, read_manifest
+from dcar.data.members import DataError
+from dcar.data.shards import ShardEntry, read_facts, read_manifest
 from dcar.data.storage import read_bytes
 from dcar.lit.last_checkpoint import Interrupted
 from dcar.lit.shard_writer import (
@@ -133,7 +134,7 @@ def test_what_ends_a_run_leaves_only_finished_shards(
 def test_shards_can_be_written_to_a_store() -> None:
     out = "memory://shard-writer/out"
     predict(out, batch("a", "1", "x2"), batch("b", "3", last=True), batch("a", "4", last=True))
-    assert progress(out).is_finished("a.tar") and not progress(out).is_finished("c.tar")
+    assert progress(out).finished() == {"a.tar", "b.tar"}
     assert {name: entry.samples for name, entry in read_manifest(out).items()} == {
         "a.tar": 2,
         "b.tar": 1,
@@ -145,18 +146,21 @@ def test_shards_can_be_written_to_a_store() -> None:
 
 def test_a_shard_is_finished_once_its_record_is_there_too(tmp_path: Path) -> None:
     predict(tmp_path, batch("a", "1", last=True), batch("b", "2", last=True))
-    known = progress(tmp_path)
-    assert known.is_finished("a.tar") and known.is_finished("b.tar")
+    assert progress(tmp_path).finished() == {"a.tar", "b.tar"}
     (tmp_path / ".progress" / "a.tar.json").unlink()
+    assert progress(tmp_path).finished() == {"b.tar"}
     (tmp_path / "b.tar").unlink()
-    assert not (known.is_finished("a.tar") or known.is_finished("b.tar"))
+    assert progress(tmp_path).finished() == set()
 
 
-def test_a_shard_of_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_a_folder_with_shards_of_other_settings_is_refused_with_what_differs(
+    tmp_path: Path,
+) -> None:
     predict(tmp_path, batch("a", "1", last=True))
     other = {**SETTINGS, "of": {"size": 64}}
-    with pytest.raises(ValueError, match=r"a\.tar .*\(of\.size: 64 here, 32 there\)"):
-        progress(tmp_path, other).is_finished("a.tar")
+    match = r"a\.tar was made with other settings: .*\(of\.size: 64 here, 32 there\)"
+    with pytest.raises(ValueError, match=match):
+        progress(tmp_path, other).finished()
 
 
 def test_what_a_killed_run_left_of_a_shard_goes_when_it_is_finished(tmp_path: Path) -> None:

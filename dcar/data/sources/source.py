@@ -1,4 +1,4 @@
-"""What a source of pictures is: units of work, each read in order, on its own, the same way twice."""
+"""What a source of pictures is: units of work, each read on its own, the same way every time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -8,9 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from dcar.data.index import read_shard
 from dcar.data.members import DataError
 from dcar.data.samples import image_bytes
-from dcar.data.shards import read_shard
 from dcar.data.sources.imagenet import ImageNet
 from dcar.data.sources.source import Record
 from tests.layouts import (
