@@ -143,7 +143,7 @@ def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str])
             new = OmegaConf.select(config, key)
         except OmegaConfBaseException:
             continue
-        if old is None or new is None or "/" in key:
+        if old in (None, "auto") or new is None or "/" in key:
             continue
         expected = _kind(old)
         if expected != _kind(new) and not (expected == "number" and _kind(new) == "integer"):

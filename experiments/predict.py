@@ -7,6 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from dcar.data.loader import death_of_worker
 from dcar.data.storage import name_of, parent
 from dcar.lit.shard_reader import Decode, ShardReading, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
@@ -66,4 +67,9 @@ def predict_shards(
     else:
         writer = ShardPredictionWriter(progress, max_bad=config.max_bad, nothing_made=nothing_made)
         trainer = build_trainer(config, callbacks=[writer], logger=False)
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    try:
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    except RuntimeError as error:
+        if (death := death_of_worker(error)) is None:
+            raise
+        raise death from error

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from dcar.data.batches import in_unit_range
 from dcar.evaluation.pictures import captioned_grid, reconstruction_columns, save_png, to_pil
 from dcar.models.sampler import Tokens
 from dcar.models.tokenizer import HybridTokenizer
@@ -67,11 +68,11 @@ class Pictures:
     counts: list[int]  # how often each of the K codes occurs in the main validation set
 
 
-def read_examples(batches: Iterable[Mapping[str, Any]], limit: int | None = None) -> Examples:
+def read_examples(batches: Iterable[dict[str, Any]], limit: int | None = None) -> Examples:
     """All of a loader's batches, or its first `limit` images."""
     images: list[Tensor] = []
     captions: list[str] = []
-    for batch in batches:
+    for batch in map(in_unit_range, batches):
         images.append(batch["image"])
         captions += batch["caption"]
         if limit is not None and len(captions) >= limit:

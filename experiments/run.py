@@ -98,7 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if arguments is None else arguments)
     except Interrupted as stop:
-        print(f"\n{stop}; the same command with --ckpt=auto goes on from here", file=sys.stderr)
+        print(
+            f"\n{stop}; the same command goes on from here (trainings: with --ckpt=auto)",
+            file=sys.stderr,
+        )
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 130

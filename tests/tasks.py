@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from dcar.data.distributors import Outcome, advance
 
 
@@ -14,10 +16,10 @@ def count_up(name: str, images: int) -> Outcome:
     return Outcome(name, images, 100 * images)
 
 
-def torch_threads() -> Outcome:
-    import torch
-
-    return Outcome(f"lightning: {'lightning' in sys.modules}", images=torch.get_num_threads())
+def surroundings() -> Outcome:
+    """Whether the modules that tests.toys needs are there, and the number of threads."""
+    found = "dcar.models.tokenizer" in sys.modules
+    return Outcome(f"networks imported: {found}", images=torch.get_num_threads())
 
 
 def fail(name: str, number: int) -> Outcome:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.layouts import picture
 from tests.toys import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,10 @@ def run(line: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `make quickstart` has been run; DCAR_WORKPLACE names one to use again."""
     folder = Path(os.environ.get("DCAR_WORKPLACE") or tmp_path_factory.mktemp("readme"))
+    (folder / "pictures").mkdir(exist_ok=True)
+    for number in range(20):
+        (folder / "pictures" / f"{number}.jpg").write_bytes(picture(str(number)))
+        (folder / "pictures" / f"{number}.txt").write_text(f"picture {number}")
     command = ["make", "-C", str(ROOT), "quickstart", f"OUTPUTS={folder}/outputs"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -3,7 +3,8 @@
 Batch keys, used by every module:
   key        list[str]                   name of the sample, unique in its data set
   caption    list[str]
-  image      (B, 3, S, S) float32        in [-1, 1]; (B, 3, height, width) of a bucket
+  image      (B, 3, S, S) uint8          (B, 3, height, width) of a bucket; from `in_unit_range`,
+                                         which training calls on the device, float32 in [-1, 1]
 or, from shards of tokens, in place of `image`:
   ids        (B, H, W) int64
   residual   (B, C, H, W) float32
@@ -33,7 +34,7 @@ def collate(samples: Sequence[Sample], images: Sequence[Tensor], captions: list[
     batch: Batch = {"key": [sample.key for sample in samples], "caption": captions}
     if not any(sample.tokens for sample in samples):
         stacked = torch.stack(list(images)) if images else torch.empty(0, dtype=torch.uint8)
-        return batch | {"image": to_unit_range(stacked)}
+        return batch | {"image": stacked}
     shapes = {tuple(s.tokens["ids"].shape) if s.tokens else "a picture" for s in samples}
     kinds = {tuple(sorted(sample.tokens)) for sample in samples}
     if len(shapes) > 1 or len(kinds) > 1:
@@ -58,3 +59,14 @@ def pad_text(texts: Sequence[np.ndarray]) -> Batch:
         row[: len(embedding)] = torch.from_numpy(embedding.astype(np.float32))
     mask = torch.arange(text.shape[1]) < lengths[:, None]  # (B, L)
     return {"text": text, "text_mask": mask}
+
+
+def in_unit_range(batch: Batch) -> Batch:
+    """The batch with its pictures, if it has any, as float32 in [-1, 1].
+
+    Bytes are a quarter of what goes from workers to the trainer and on to the device.
+    """
+    image = batch.get("image")
+    if image is None or image.dtype != torch.uint8:
+        return batch
+    return {**batch, "image": to_unit_range(image)}

@@ -14,8 +14,7 @@ from dcar.data.members import (
     Raw,
     split_name,
 )
-
-_BLOCK = 512  # bytes, of which a tar is made
+from dcar.data.tar_header import BLOCK, StrictHeader
 
 
 class ShardIndex:
@@ -57,7 +56,10 @@ class ShardIndex:
     def _scan(self) -> None:
         length = os.fstat(self._file.fileno()).st_size
         try:
-            with open(self.path, "rb") as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
+            with (
+                open(self.path, "rb") as headers,
+                tarfile.open(fileobj=headers, mode="r:", tarinfo=StrictHeader) as tar,
+            ):
                 while (info := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                     if info.offset_data + info.size > length:
@@ -71,11 +73,9 @@ class ShardIndex:
             self.broken = str(error)
 
     def _check_end(self, offset: int, length: int) -> None:
-        """tarfile takes a damaged header for the end of the archive; the true end is zeros."""
-        self._file.seek(offset)
-        block = self._file.read(_BLOCK)
-        if block.strip(b"\0") or len(block) < _BLOCK:
-            raise tarfile.ReadError(f"no header and no end of archive at byte {offset}")
+        """A file that just stops is no whole archive: that ends with zeros."""
+        if offset + BLOCK > length:
+            raise tarfile.ReadError(f"no end of archive at byte {offset}")
 
     def _add(self, info: tarfile.TarInfo) -> None:
         if (named := split_name(info.name)) is None:

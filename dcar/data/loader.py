@@ -33,6 +33,13 @@ def child_signals_left_alone() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+def death_of_worker(error: RuntimeError) -> DataError | None:
+    """What torch means where it says that a data worker is gone; None for any other error."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return DataError(f"a process that reads data has died: {' '.join(str(error).split())}")
+
+
 class ShardLoader(DataLoader):
     """A DataLoader of a ShardStream that knows how far it has got.
 
@@ -95,10 +102,9 @@ class ShardLoader(DataLoader):
         try:
             return next(batches, None)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if (death := death_of_worker(error)) is None:
                 raise
-            reason = " ".join(str(error).split())
-            raise DataError(f"a process that reads data has died: {reason}") from error
+            raise death from error
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers. epoch, batches: handed out in it on this rank. units: taken by all ranks

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -78,13 +79,26 @@ def read_pixels(
         raise BadSample("broken image") from error
 
 
+def is_whole_array(data: bytes) -> bool:
+    """Whether a .npy file holds what its header promises, which numpy would reserve first."""
+    file = io.BytesIO(data)
+    try:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except ValueError:
+        return False
+    promised = math.prod(shape) * dtype.itemsize
+    return not dtype.hasobject and file.tell() + promised == len(data)
+
+
 def read_tokens(raw: Raw) -> dict[str, np.ndarray]:
     """ids (H, W) uint16, residual (C, H, W) and, where stored, text (rows, E) float16."""
     try:
         tokens = {
             kind.removesuffix(".npy"): np.load(io.BytesIO(data), allow_pickle=False)
             for kind, data in raw.items()
-            if kind.endswith(".npy") and isinstance(data, bytes)
+            if kind.endswith(".npy") and isinstance(data, bytes) and is_whole_array(data)
         }
         grid = tokens["ids"].shape
         fits = len(grid) == 2 and tokens["residual"].shape[1:] == grid
@@ -114,7 +128,7 @@ def read_caption(raw: Raw, *, required: bool) -> str:
         caption = text.decode() if isinstance(text, bytes) else (text or "")
     except UnicodeDecodeError as error:
         raise BadSample("caption is not UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample("broken json") from error
     if not isinstance(caption, str) or (required and not caption.strip()):
         raise BadSample("no caption")

@@ -5,9 +5,7 @@ In the samples (`deep`): what a training stream would skip, under the stream's o
 """
 
 import hashlib
-import io
 import json
-import math
 import tarfile
 import warnings
 from array import array
@@ -24,18 +22,14 @@ from PIL import Image
 from dcar.data.distributors import advance
 from dcar.data.images import ImageTooLarge, read_pixels
 from dcar.data.members import MAX_MEMBER_BYTES, BadSample, DataError, Raw, split_name
-from dcar.data.samples import image_bytes, read_caption
+from dcar.data.samples import image_bytes, read_caption, read_tokens
 from dcar.data.shards import ShardEntry
 from dcar.data.storage import name_of, open_read
+from dcar.data.tar_header import StrictHeader
 
 LISTED = 100  # problems of one reason listed for a shard; the others are counted
 END_OF_TAR = 1024  # zero bytes that end an archive
-MAX_HEADER_BYTES = 2**20  # of a long name or of extended attributes
 _CHUNK = 2**16  # bytes; tarfile copies what is left of a chunk at every read
-_EXTENDED = (
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-)
 
 
 def printable(text: str) -> str:
@@ -106,20 +100,9 @@ class ShardFile:
             self.read(_CHUNK)
 
 
-class _Header(tarfile.TarInfo):
-    """Refuses a "name" of gigabytes, which tarfile would read into memory whole."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"an extended header of {header.size} bytes")
-        return header
-
-
 def open_tar(file: ShardFile) -> tarfile.TarFile:
     """For reading front to end."""
-    return tarfile.open(fileobj=cast(Any, file), mode="r|", bufsize=_CHUNK, tarinfo=_Header)
+    return tarfile.open(fileobj=cast(Any, file), mode="r|", bufsize=_CHUNK, tarinfo=StrictHeader)
 
 
 def _objection(info: tarfile.TarInfo) -> str:
@@ -180,7 +163,7 @@ def sample_problems(
         partial(_parse, kind="json", parse=json.loads),
         partial(_parse, kind="cls", parse=int),
         partial(read_caption, required=required),
-        _open_tokens if tokens else partial(_open_image, promised=size),
+        read_tokens if tokens else partial(_open_image, promised=size),
     ]
     if holds_captions(raw):
         looks = [_read_captions]
@@ -229,25 +212,6 @@ def _open_image(raw: Raw, *, promised: tuple[int, int] | None) -> None:
         raise BadSample("broken image") from error
     if promised is not None and (width, height) != promised:
         raise BadSample("size is not that of sizes.npz")
-
-
-def _open_tokens(raw: Raw) -> None:
-    """The headers alone: numpy would reserve whatever memory they promise."""
-    arrays = [_bytes(data) for kind, data in raw.items() if kind.endswith(".npy")]
-    if not all(map(_is_whole_array, arrays)):
-        raise BadSample("broken tokens")
-
-
-def _is_whole_array(data: bytes) -> bool:
-    file = io.BytesIO(data)
-    try:
-        first = np.lib.format.read_magic(file) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    except ValueError:
-        return False
-    promised = math.prod(shape) * dtype.itemsize
-    return not dtype.hasobject and file.tell() + promised == len(data)
 
 
 def check_shard(

@@ -29,7 +29,7 @@ def caption_names(data: bytes | str) -> dict[str, str]:
         captions = json.loads(data)["captions"]
         words = {str(name): text for name, text in captions.items() if isinstance(text, str)}
         return {name: text for name, text in words.items() if text}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dcar.data.batches import in_unit_range
 from dcar.lit.schedules import constant
 from dcar.models.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from dcar.models.draws import Draws
@@ -103,6 +104,10 @@ class BaseModule(LightningModule):
     def is_dry_run(self) -> bool:
         """One batch to see that everything fits together: what takes long is left out."""
         return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Pictures come to the device as bytes; from here on they are in [-1, 1]."""
+        return in_unit_range(batch)
 
     def preview_batches(self) -> Iterator[dict[str, Any]]:
         """Training batches from the start of the stream; the trainer's own position stays."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning import LightningDataModule
 
+from dcar.data.batches import in_unit_range
 from dcar.data.loader import ShardLoader
 from dcar.data.stream import ShardStream
 
@@ -46,5 +47,5 @@ class ShardDataModule(LightningDataModule):
         ]
 
     def preview_batches(self) -> Iterator[dict[str, Any]]:
-        """Training batches from the start of the stream, without moving the trainer's own."""
-        return iter(ShardLoader(self.train_stream()))
+        """Training batches, in [-1, 1], from the start of the stream; the trainer's own stays."""
+        return map(in_unit_range, ShardLoader(self.train_stream()))

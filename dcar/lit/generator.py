@@ -182,6 +182,7 @@ class MaskedARGenerator(BaseModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Ids (B, H, W) int64 and residual (B, C, H, W) float32: the shards' own, or made here."""
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
         batch["ids"], batch["residual"] = self._tokens(batch)
         return batch
 

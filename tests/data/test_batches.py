@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcar.data.batches import collate, pad_text
+from dcar.data.batches import collate, in_unit_range, pad_text
 from dcar.data.members import DataError
 from dcar.data.samples import Sample
 
@@ -14,13 +14,21 @@ def token_sample(key: str, side: int = 2, **more: np.ndarray) -> Sample:
     return Sample(key, "words", None, {"ids": ids, "residual": residual, **more})
 
 
-def test_pictures_are_stacked_in_the_range_of_the_models():
+def test_pictures_travel_as_bytes_and_arrive_in_the_range_of_the_models():
     images = [torch.full((3, 4, 4), shade, dtype=torch.uint8) for shade in (0, 255)]
     samples = [Sample(key, "", np.zeros((4, 4, 3), np.uint8)) for key in "ab"]
     batch = collate(samples, images, ["x", "y"])
     assert batch["key"] == ["a", "b"] and batch["caption"] == ["x", "y"]
-    assert batch["image"].dtype == torch.float32
-    assert batch["image"].flatten(1).unique(dim=1).flatten().tolist() == [-1, 1]
+    assert batch["image"].dtype == torch.uint8
+    for _ in range(2):  # a second time it changes nothing
+        batch = in_unit_range(batch)
+        assert batch["image"].dtype == torch.float32
+        assert batch["image"].flatten(1).unique(dim=1).flatten().tolist() == [-1, 1]
+
+
+def test_a_batch_of_tokens_has_no_range():
+    batch = collate([token_sample("a")], [], ["x"])
+    assert in_unit_range(batch) is batch
 
 
 def test_text_is_padded_to_the_longest_and_masked():

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from dcar.data.distributors import Outcome, Processes, RayCluster, WorkerDied
 from tests.builds import GivenSource, Silent, SlowSource, all_bytes, built, record
-from tests.tasks import count_up, fail, sleep_long, torch_threads
+from tests.tasks import count_up, fail, sleep_long, surroundings
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,10 +50,13 @@ def test_every_task_gives_its_outcome_and_what_it_counts_is_seen_on_the_way() ->
 
 
 @pytest.mark.slow
-def test_workers_import_neither_the_main_module_nor_share_their_core_among_threads() -> None:
-    with closing(Processes(1).run(torch_threads, [()], no_tick)) as outcomes:
+def test_workers_import_no_main_module_and_do_not_share_their_core_among_threads(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("tests.toys", None))
+    with closing(Processes(1).run(surroundings, [()], no_tick)) as outcomes:
         (outcome,) = outcomes
-    assert outcome == Outcome("lightning: False", images=1)
+    assert outcome == Outcome("networks imported: False", images=1)
 
 
 @pytest.mark.slow

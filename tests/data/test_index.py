@@ -96,7 +96,15 @@ def test_a_header_damaged_in_the_middle_is_no_end_of_archive(tmp_path):
     data[3 * (512 + 1024 + 512 + 512) + 148] ^= 1  # checksum of the fourth sample's first header
     path.write_bytes(data)
     index = ShardIndex(path)
-    assert len(index) == 3 and "no header and no end of archive" in str(index.broken)
+    assert len(index) == 3 and "checksum" in str(index.broken)
+
+
+def test_an_archive_that_just_stops_is_broken_after_its_last_sample(tmp_path):
+    path = shard(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 10 * (512 + 1024 + 512 + 512)])
+    index = ShardIndex(path)
+    assert len(index) == 10 and "empty header" in str(index.broken)
 
 
 def test_members_of_other_types_links_and_devices_are_passed_over(tmp_path):

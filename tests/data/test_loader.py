@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from dcar.data.batches import Batch
-from dcar.data.loader import ShardLoader
+from dcar.data.loader import ShardLoader, death_of_worker
 from dcar.data.members import DataError
 from dcar.data.transforms import ImageTransform
 from tests.shards import UNEVEN, build, everything, keys, same, stream
@@ -236,7 +236,7 @@ class Recorder(lightning.LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         self.batches.append(batch | {"image": batch["image"].clone()})
-        return (self.weight * batch["image"]).mean()
+        return (self.weight * batch["image"].float()).mean()
 
     def validation_step(self, batch: Batch) -> None:
         pass
@@ -308,3 +308,11 @@ def test_lightning_goes_on_with_other_ranks(shards, tmp_path, before, after):
         take(fresh, full)
         assert keys(run.batches[left:]) == keys(fresh)
     assert len(seen) == len(set(seen))
+
+
+def test_only_the_death_of_a_worker_is_taken_for_one():
+    death = death_of_worker(RuntimeError("DataLoader worker (pid(s) 7)\n exited unexpectedly"))
+    assert str(death) == (
+        "a process that reads data has died: DataLoader worker (pid(s) 7) exited unexpectedly"
+    )
+    assert death_of_worker(RuntimeError("CUDA out of memory")) is None

@@ -110,6 +110,7 @@ def test_tokens_are_read_as_stored_and_no_picture_is_asked_for():
         {"ids_npy": npy(np.zeros((3, 3), np.uint16))},
         {"ids_npy": npy(np.zeros((2, 2), np.int64))},
         {"residual_npy": npy(np.zeros((2, 2), np.float16))},
+        {"residual_npy": npy(np.zeros((3, 2, 2), np.float16))[:-1]},
         {"residual_npy": npy(np.array([[["x", {}]]], dtype=object), allow_pickle=True)},
     ],
 )

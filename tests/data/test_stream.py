@@ -32,7 +32,7 @@ def shards(tmp_path_factory) -> Path:
 def test_a_batch_holds_the_documented_keys_and_shapes(shards):
     batch = next(iter(ShardLoader(stream(shards))))
     assert set(batch) == {"key", "image", "caption"}
-    assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.float32
+    assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.uint8
     assert batch["caption"] == [f"picture {key}" for key in batch["key"]]
 
 
@@ -366,7 +366,7 @@ def test_a_shard_that_never_comes_is_tried_so_often_then_skipped_and_counted(sha
         assert len(list(loader)) == 13
         tries = server.gets["s2-000000.tar"]
     assert loader.stream.skipped == {"lost with its shard": 10}
-    assert tries in (3, 6)  # once by the read, perhaps once by the thread that reads ahead
+    assert 3 <= tries <= 6  # three by the read, and some by the thread that reads ahead
 
 
 def test_a_store_that_is_gone_ends_the_run(shards, tmp_path):

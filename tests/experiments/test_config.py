@@ -52,6 +52,12 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override: str, message:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("devices", ["8", "[0,1]", "auto"])
+def test_devices_are_a_number_a_list_or_auto(devices: str) -> None:
+    config = load_config("generator/pretrain_256", [f"trainer.devices={devices}"])
+    assert str(config.trainer.devices).replace(" ", "") == devices
+
+
 def test_an_unknown_experiment_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
         load_config("quikstart")

@@ -14,13 +14,11 @@ from typing import IO, BinaryIO, NamedTuple, cast
 from dcar.data.members import IMAGE_TYPES, MAX_MEMBER_BYTES, DataError
 from dcar.data.storage import open_read
 from dcar.data.stores import filesystem, is_remote, shown, with_retries
+from dcar.data.tar_header import StrictHeader
 
 GZIPPED = (".tgz", ".tar.gz")
-_BLOCK = 512  # bytes, of which a tar is made
 _BUFFER = 2**16
-_MAX_LONG_NAME = 2**20  # bytes of a header that lengthens the next one
 _BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError)
-_LONG_NAMES = (b"x", b"g", b"X", b"L", b"K")  # PAX, Solaris and GNU
 
 
 class Member(NamedTuple):
@@ -88,26 +86,6 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     return data
 
 
-class _Header(tarfile.TarInfo):
-    """A header that says what is wrong with it.
-
-    The stock class takes a damaged or missing header for the end of the archive, reads names of any
-    length into memory, and walks backwards over negative sizes.
-    """
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":  # type: ignore[override]
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if buf == bytes(_BLOCK):
-                raise  # the true end
-            raise tarfile.ReadError(str(error)) from error
-        if header.size < 0 or (header.type in _LONG_NAMES and header.size > _MAX_LONG_NAME):
-            raise tarfile.ReadError(f"a header of {header.size} bytes")
-        return header
-
-
 def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
@@ -122,7 +100,7 @@ def _streamed(url: str) -> Iterator[tarfile.TarFile]:
     with open_read(url) as file, naming(url):
         zipped = gzip.GzipFile(fileobj=file) if url.lower().endswith(GZIPPED) else None
         raw = zipped or file
-        with tarfile.open(fileobj=raw, mode="r|", bufsize=_BUFFER, tarinfo=_Header) as tar:
+        with tarfile.open(fileobj=raw, mode="r|", bufsize=_BUFFER, tarinfo=StrictHeader) as tar:
             yield tar
         while zipped and zipped.read(_BUFFER):
             pass  # the checksum of all that was read comes last
@@ -165,7 +143,7 @@ def places(file: IO[bytes], *, nested: bool = False) -> Iterator[Place]:
     nested: go into the tars that it holds, too; `n01440764.tar/n01440764_18.JPEG` is a name then.
     Raises tarfile.TarError for a tar that breaks off: use it inside `naming`.
     """
-    with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:", tarinfo=_Header) as tar:
+    with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:", tarinfo=StrictHeader) as tar:
         for info in _regular(tar):
             if (name := safe_name(info.name)) is None:
                 continue
