@@ -36,6 +36,14 @@ def quick_dtype() -> str:
     return "bfloat16" if on_cpu or torch.cuda.is_available() else "float32"
 
 
+def given(value: Any, key: str) -> Any:
+    """The value of a key that only some choices of a group need."""
+    if value is None:
+        raise ConfigError(f"{key} must be given: add {key}=VALUE")
+    return value
+
+
+OmegaConf.register_new_resolver("given", given, replace=True)
 OmegaConf.register_new_resolver("quick_dtype", lambda: f"torch.{quick_dtype()}", replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 OmegaConf.register_new_resolver("find_checkpoint", find_checkpoint, replace=True)
@@ -120,6 +128,8 @@ def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
 def _explain_missing(error: OmegaConfBaseException) -> str:
     key = error.full_key or "?"
     first_line = str(error).splitlines()[0]
+    if found := re.search(r"ConfigError raised while resolving interpolation: (.*)", first_line):
+        return found[1]
     if "Missing mandatory value" in first_line:
         return f"{key} must be given: add {key}=VALUE"
     return f"{key}: {first_line}"

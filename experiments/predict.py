@@ -8,7 +8,6 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.data.loader import death_of_worker
-from dcar.data.storage import name_of, parent
 from dcar.lit.shard_reader import Decode, ShardReading, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
 from experiments.run import RunOptions
@@ -44,16 +43,12 @@ def predict_shards(
 ) -> None:
     """One output shard in `out` for each input shard in `in`; what is finished is not made again.
 
-    settings: what the predictions depend on; shards of other settings in `out` are refused. Raises
-    ValueError, FileNotFoundError and DataError as the reader and writer do.
+    settings: what the predictions depend on; shards in `out` of other settings, or of another input
+    than the shard of their name, are refused. Raises ValueError, FileNotFoundError and DataError as
+    the reader and writer do.
     """
     sources = find_sources(cast(dict[str, Any], OmegaConf.to_container(config))["in"])
-    progress = Progress(
-        config.out,
-        settings,
-        source=name_of(parent(sources[0].url)),
-        splits={source.name: source.split for source in sources},
-    )
+    progress = Progress(config.out, settings, sources=sources)
     data = ShardReading(
         sources,
         decode=decode,

@@ -68,7 +68,7 @@ class SlowSource(GivenSource):
     def read(self, unit: Unit) -> Iterator[Record]:
         (Path(self.started) / f"{unit.number}-{os.getpid()}").touch()
         for each in super().read(unit):
-            time.sleep(0.2)
+            time.sleep(0.4)
             yield each
 
 

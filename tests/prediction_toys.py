@@ -93,8 +93,7 @@ def make_tokens(
         module="TokenizerStage2",
     )
     sources = find_sources(pictures / "*.tar")
-    splits = {source.name: source.split for source in sources}
-    progress = Progress(str(out), facts, source=pictures.name, splits=splits)
+    progress = Progress(str(out), facts, sources=sources)
     data = ShardReading(
         sources,
         decode=ImageDecoder(ImageTransform(SIZE), captioned=True),

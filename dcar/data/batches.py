@@ -35,11 +35,19 @@ def collate(samples: Sequence[Sample], images: Sequence[Tensor], captions: list[
     if not any(sample.tokens for sample in samples):
         stacked = torch.stack(list(images)) if images else torch.empty(0, dtype=torch.uint8)
         return batch | {"image": stacked}
-    shapes = {tuple(s.tokens["ids"].shape) if s.tokens else "a picture" for s in samples}
-    kinds = {tuple(sorted(sample.tokens)) for sample in samples}
-    if len(shapes) > 1 or len(kinds) > 1:
-        raise DataError(f"one batch holds tokens of {shapes} with {kinds}: they do not fit")
+    shapes = {_shape(sample) for sample in samples}
+    if len(shapes) > 1:
+        raise DataError(f"one batch holds {' and '.join(sorted(shapes))}: they do not fit")
     return batch | _tokens(samples)
+
+
+def _shape(sample: Sample) -> str:
+    """What has to be alike in a batch: (C, H, W), and the width of the text."""
+    if not sample.tokens:
+        return "a picture"
+    text = sample.tokens.get("text")
+    words = "" if text is None else f" with text {text.shape[1]} wide"
+    return f"tokens {sample.tokens['residual'].shape}{words}"
 
 
 def _tokens(samples: Sequence[Sample]) -> Batch:

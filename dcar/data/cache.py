@@ -154,6 +154,12 @@ class ShardCache:
         self._make_room(target)
         return target
 
+    def forget(self, url: str, entry: ShardEntry | None = None) -> None:
+        """Delete the copy of a remote shard that turned out to be no shard: it is fetched anew."""
+        if is_remote(url):
+            name = file_name(url, entry.sha256 if entry else "")
+            (self.folder / name).unlink(missing_ok=True)
+
     def prefetch(self, url: str, entry: ShardEntry | None = None) -> None:
         """Have a shard fetched in the background, after those asked for before; never raises.
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from dcar.data.batches import Batch
 from dcar.data.members import DataError
-from dcar.data.order import Order, Share, Slice
+from dcar.data.order import Share, Slice
 from dcar.data.stream import ShardStream
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def child_signals_left_alone() -> Iterator[None]:
 
 def death_of_worker(error: RuntimeError) -> DataError | None:
     """What torch means where it says that a data worker is gone; None for any other error."""
-    if "DataLoader worker" not in str(error):
+    if "DataLoader worker (pid" not in str(error):
         return None
     return DataError(f"a process that reads data has died: {' '.join(str(error).split())}")
 
@@ -84,6 +84,7 @@ class ShardLoader(DataLoader):
         stream = self.stream
         stream.epoch, stream.lanes = self._epoch, self._lanes
         stream.start, stream.done = self._start, self._done
+        stream.settle()
         with child_signals_left_alone():
             batches = super().__iter__()
         return self._count_out(batches, share.batches)
@@ -101,14 +102,16 @@ class ShardLoader(DataLoader):
     def _next(batches: Iterator[Batch]) -> Batch | None:
         try:
             return next(batches, None)
+        except DataError as error:  # of a worker: torch puts its whole traceback before the words
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
         except RuntimeError as error:
             if (death := death_of_worker(error)) is None:
                 raise
             raise death from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers. epoch, batches: handed out in it on this rank. units: taken by all ranks
-        together, of `unit` samples each, in as many `lanes`. samples: of the whole epoch.
+        """Plain data. epoch, batches: handed out in it on this rank. units: taken by all ranks
+        together, in as many `lanes`. order: signature of what the order depends on.
         """
         share = self._share()
         taken = self._done * share.units * self.stream.place[1]
@@ -116,9 +119,8 @@ class ShardLoader(DataLoader):
             "epoch": self._epoch,
             "batches": self._before + self._done,
             "units": self._start + taken,
-            "unit": self._order().samples,
             "lanes": self._lanes or self.stream.place[1],
-            "samples": sum(self.stream.counts),
+            "order": self.stream.signature(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,16 +129,12 @@ class ShardLoader(DataLoader):
         if not self.stream.shuffle:
             self._done = min(int(state["batches"]), self._share().batches)
             return
-        now = {"unit": self._order().samples, "samples": sum(self.stream.counts)}
-        stored = {name: state[name] for name in now}
-        if state["batches"] and stored != now:
+        if state["batches"] and state["order"] != self.stream.signature():
             log.warning(
-                "the data state is of %s and this run of %s: the rest of epoch %d is left out",
-                *(stored, now, self._epoch),
+                "the checkpoint was in the middle of an epoch of other shards, or of another seed, "
+                "buffer, mixture or bucket size: the rest of epoch %d is left out",
+                self._epoch,
             )
             return self._begin(self._epoch + 1)
         self._before, self._start = int(state["batches"]), int(state["units"])
         self._lanes = int(state["lanes"]) if self._before else 0
-
-    def _order(self) -> Order:
-        return self.stream.order(self._lanes or self.stream.place[1])

@@ -7,10 +7,10 @@ whoever takes it up at number i, with however many ranks, repeats nothing and le
 """
 
 import random
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -54,12 +54,11 @@ class Order(Protocol):
         """What comes after the window that this unit is in."""
 
 
-@lru_cache(maxsize=64)
-def permutation(count: int, key: str) -> tuple[int, ...]:
+def permutation(count: int, key: str) -> "array[int]":
     """Of range(count); the same for the same key on every machine and Python version."""
-    order = list(range(count))
+    order = array("I", range(count))
     random.Random(key).shuffle(order)
-    return tuple(order)
+    return order
 
 
 class Line:
@@ -115,6 +114,7 @@ class ShuffledOrder:
         self.lane_size = sum(counts) // lanes
         self.size = self.lane_size * lanes
         self._epoch, self._line = -1, Line([], [])
+        self._windows: dict[int, tuple[str, array[int]]] = {}  # the latest of each lane
 
     def line(self, epoch: int) -> Line:
         if epoch != self._epoch:
@@ -126,9 +126,15 @@ class ShuffledOrder:
         step, lane = divmod(number, self.lanes)
         window, within = divmod(step, self.window)
         first = window * self.window
-        length = min(self.window, self.lane_size - first)
-        moved = permutation(length, f"{self.seed}/{epoch}/{lane}/{window}")[within]
+        moved = self._moved(lane, f"{epoch}/{lane}/{window}", first)[within]
         return Unit([self.line(epoch).place(lane * self.lane_size + first + moved)])
+
+    def _moved(self, lane: int, key: str, first: int) -> "array[int]":
+        """How the window that begins at `first` in its lane is shuffled."""
+        if self._windows.get(lane, ("",))[0] != key:
+            length = min(self.window, self.lane_size - first)
+            self._windows[lane] = key, permutation(length, f"{self.seed}/{key}")
+        return self._windows[lane][1]
 
     def ahead(self, epoch: int, number: int) -> list[Span]:
         step, lane = divmod(number, self.lanes)
@@ -219,6 +225,11 @@ class MixedOrder:
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], *, lanes: int, size: int):
         if min(weights) <= 0 or min(weights) / sum(weights) < 1 / PATTERN:
             raise ValueError(f"weights {list(weights)}: each must be more than 1/{PATTERN} of all")
+        if min(order.size for order in orders) == 0:
+            raise ValueError(
+                f"a data set of the mixture is too small for {lanes} ranks: "
+                f"{[order.size for order in orders]} of each can be used"
+            )
         if len({order.samples for order in orders}) != 1:
             raise ValueError("a mixture has buckets in all of its data sets or in none")
         self.orders, self.lanes = orders, lanes

@@ -100,14 +100,21 @@ def read_tokens(raw: Raw) -> dict[str, np.ndarray]:
             for kind, data in raw.items()
             if kind.endswith(".npy") and isinstance(data, bytes) and is_whole_array(data)
         }
-        grid = tokens["ids"].shape
-        fits = len(grid) == 2 and tokens["residual"].shape[1:] == grid
-        fits = fits and tokens["ids"].dtype == np.uint16 and tokens["residual"].ndim == 3
-    except (ValueError, KeyError, EOFError, OSError) as error:
+        fits = _fit(**tokens)
+    except Exception as error:  # numpy parses headers with Python's own parser
         raise BadSample("broken tokens") from error
     if not fits:
         raise BadSample("broken tokens")
     return tokens
+
+
+def _fit(ids: np.ndarray, residual: np.ndarray, text: np.ndarray | None = None) -> bool:
+    """Whether arrays of a sample are what they should be."""
+    grid = ids.ndim == 2 and ids.dtype == np.uint16
+    numbers = [array for array in (residual, text) if array is not None]
+    finite = all(array.dtype.kind == "f" and np.isfinite(array).all() for array in numbers)
+    rows = text is None or text.ndim == 2
+    return grid and finite and rows and residual.ndim == 3 and residual.shape[1:] == ids.shape
 
 
 def image_bytes(raw: Raw) -> bytes:
@@ -116,6 +123,15 @@ def image_bytes(raw: Raw) -> bytes:
     if not isinstance(image, bytes):
         raise BadSample("no image")
     return image
+
+
+def is_text(words: str) -> bool:
+    """Whether the words can be written down: json lets halves of characters through."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_caption(raw: Raw, *, required: bool) -> str:
@@ -132,7 +148,9 @@ def read_caption(raw: Raw, *, required: bool) -> str:
         raise BadSample("broken json") from error
     if not isinstance(caption, str) or (required and not caption.strip()):
         raise BadSample("no caption")
-    if len(caption.encode(errors="replace")) > MAX_CAPTION_BYTES:
+    if not is_text(caption):
+        raise BadSample("caption is not UTF-8")
+    if len(caption.encode()) > MAX_CAPTION_BYTES:
         raise BadSample("caption too long")
     return caption.strip()
 

@@ -14,11 +14,12 @@ from dcar.data.cache import ShardCache
 from dcar.data.images import image_size
 from dcar.data.index import ShardIndex, count_samples
 from dcar.data.members import BadSample, DataError, Raw
-from dcar.data.samples import image_bytes
+from dcar.data.samples import OWN, image_bytes, is_text
 from dcar.data.shards import ShardEntry, read_facts, read_manifest, read_sizes
-from dcar.data.storage import expand, is_remote, join, name_of, parent
+from dcar.data.storage import expand, is_remote, join, list_files, name_of, parent
 
-OPEN_SHARDS, INDEXED_SAMPLES = 64, 300_000  # held open by one reader
+MAX_EDGE = 65_535  # of a picture, in a table of uint16
+OPEN_SHARDS = 16  # held open by a reader that does not say how many it needs
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def caption_names(data: bytes | str) -> dict[str, str]:
     try:
         captions = json.loads(data)["captions"]
         words = {str(name): text for name, text in captions.items() if isinstance(text, str)}
-        return {name: text for name, text in words.items() if text}
+        return {name: text for name, text in words.items() if text and is_text(text)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -40,7 +41,7 @@ class OpenShards:
     """
 
     def __init__(self, cache: ShardCache):
-        self.cache = cache
+        self.cache, self.room = cache, OPEN_SHARDS
         self._open: OrderedDict[str, ShardIndex] = OrderedDict()
         self._lost: set[str] = set()
         self._owner = os.getpid()
@@ -56,7 +57,8 @@ class OpenShards:
             if url in self._lost or (index := self._opened(url, entry)) is None:
                 return None
             self._open[url] = index
-            self._close_old()
+            while len(self._open) > self.room:
+                self._open.popitem(last=False)[1].close()
         self._open.move_to_end(url)
         return self._open[url]
 
@@ -67,20 +69,13 @@ class OpenShards:
             except FileNotFoundError:  # another process made room in the cache in between
                 index = ShardIndex(self.cache.fetch(url, entry))
         except (DataError, OSError) as error:
+            self.cache.forget(url, entry)
             self._lost.add(url)
             log.warning("a shard is lost: %s", error)
             return None
         if index.broken:
             log.warning("the rest of a shard is lost: %s: %s", index.path, index.broken)
         return index
-
-    def _close_old(self) -> None:
-        while len(self._open) > 1 and self._too_many():
-            self._open.popitem(last=False)[1].close()
-
-    def _too_many(self) -> bool:
-        held = sum(len(index) for index in self._open.values())
-        return len(self._open) > OPEN_SHARDS or held > INDEXED_SAMPLES
 
     def forget_losses(self) -> None:
         self._lost.clear()
@@ -122,7 +117,21 @@ class ShardSet:
         ]
         folders = [captions] if isinstance(captions, str | Path) else list(captions or ())
         self.caption_folders = [str(folder) for folder in folders]
+        for folder in self.caption_folders:
+            self._check_captions(folder)
         self.shards = OpenShards(self.cache)
+
+    def _check_captions(self, folder: str) -> None:
+        names = set(read_manifest(folder)) or {name_of(url) for url in list_files(folder)}
+        if missing := [name_of(url) for url in self.urls if name_of(url) not in names]:
+            raise FileNotFoundError(
+                f"captions={folder} holds no {missing[0]} "
+                f"({len(missing)} of {len(self.urls)} shards are missing)"
+            )
+
+    def keep_open(self, shards: int) -> None:
+        """How many shards a reader goes back and forth between."""
+        self.shards.room = max(shards, 2) * (1 + len(self.caption_folders))
 
     def read(self, shard: int, position: int) -> Raw:
         """Raises BadSample where the sample cannot be used."""
@@ -139,6 +148,15 @@ class ShardSet:
             position = index.find(key) if index else None
             if index and position is not None:
                 found |= caption_names(index.read(position).get("json", b""))
+        return found
+
+    def caption_names(self) -> set[str]:
+        """The names of the captions that samples have, as the first one of each folder tells."""
+        found = {OWN}
+        for folder in self.caption_folders:
+            index = self.shards.get(join(folder, name_of(self.urls[0])), None)
+            if index:  # with samples
+                found |= set(caption_names(index.read(0).get("json", b"")))
         return found
 
     def prepare(self, shard: int, first: int, stop: int) -> None:
@@ -173,7 +191,8 @@ class ShardSet:
     def _measure(self, shard: int) -> Iterator[tuple[int, int]]:
         for position in range(self.counts[shard]):
             try:
-                yield image_size(image_bytes(self.read(shard, position)))
+                width, height = image_size(image_bytes(self.read(shard, position)))
+                yield min(width, MAX_EDGE), min(height, MAX_EDGE)
             except ValueError:
                 yield 1, 1
 

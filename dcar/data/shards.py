@@ -7,6 +7,7 @@ A shard holds samples `{"__key__": "3d/red-apple", "webp": bytes, "txt": bytes}`
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -184,6 +185,25 @@ def read_manifest(folder: str | Path) -> dict[str, ShardEntry]:
         raise DataError(f"{join(folder, MANIFEST)} is no manifest: {error!r}") from error
 
 
+def split_of(name: str) -> str:
+    """The split a shard's name tells, which is all before its number: "all" of `00012.tar`."""
+    return re.sub(r"[-_.]?\d*$", "", name.removesuffix(".tar")) or "all"
+
+
+def read_splits(folder: str | Path) -> dict[str, str]:
+    """Shard file name -> split: the manifest's word, else what the name tells.
+
+    Empty without a manifest. Raises DataError if broken.
+    """
+    try:
+        shards = _manifest(folder)["shards"]
+        return {
+            shard["name"]: str(shard.get("split") or split_of(shard["name"])) for shard in shards
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{join(folder, MANIFEST)} is no manifest: {error!r}") from error
+
+
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """What a manifest says besides its shards; empty without one. Raises DataError if broken."""
     return {name: fact for name, fact in _manifest(folder).items() if name != "shards"}
@@ -200,5 +220,5 @@ def read_sizes(folder: str | Path) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(read_bytes(url)), allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, KeyError) as error:
-        raise DataError(f"{url} holds no sizes: {error}") from error
+    except Exception as error:  # a damaged archive may raise anything
+        raise DataError(f"{url} holds no sizes: {error!r}") from error

@@ -4,6 +4,7 @@ Samples are read one by one from where an index says they lie, so the order (`or
 no reader holds a buffer, skips what others read, or depends on how many others there are.
 """
 
+import hashlib
 import logging
 import random
 from collections import Counter
@@ -30,11 +31,13 @@ from dcar.data.order import (
     Slice,
     Span,
 )
-from dcar.data.samples import Sample, decode
+from dcar.data.samples import OWN, Sample, decode
 from dcar.data.shard_set import ShardSet
+from dcar.data.storage import name_of
 from dcar.data.transforms import ImageTransform
 
 SAMPLES_BEFORE_JUDGING = 100  # a rate of bad samples means nothing on fewer
+MANY_SHARDS = 256  # open at once
 REPLACEMENTS = 64  # earlier samples tried for a batch that is bad as a whole
 
 log = logging.getLogger(__name__)
@@ -93,6 +96,7 @@ class ShardStream(IterableDataset):
         if rank is not None and world is not None and not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not in [0, world={world})")
         self.parts = parts_of(urls, mixture)
+        self._check_weights(caption_weights or {})
         if len(self.parts) > 1 and not shuffle:
             raise ValueError("a mixture is for training: without shuffle, give urls")
         self.transform, self.batch_size, self.seed = transform, batch_size, seed
@@ -106,7 +110,12 @@ class ShardStream(IterableDataset):
         self.seen = 0
         self._orders: dict[int, Order] = {}
         self._samples: dict[tuple[Place, tuple[int, int] | None], Sample] = {}
-        self._announced: set[Span] = set()
+        self._announced: dict[int, list[Span]] = {}  # by data set
+
+    def _check_weights(self, weights: Mapping[str, float]) -> None:
+        known = {OWN}.union(*(data.caption_names() for data in self.sets if weights))
+        if unknown := sorted(set(weights) - known):
+            raise ValueError(f"caption_weights names {unknown}; there is {sorted(known)}")
 
     @property
     def sets(self) -> list[ShardSet]:
@@ -127,11 +136,38 @@ class ShardStream(IterableDataset):
             return distributed.get_rank(), distributed.get_world_size()
         return 0, 1
 
+    def settle(self) -> None:
+        """Keep rank and world as they are: a worker that is spawned, not forked, cannot ask."""
+        self._place = self.place
+
     def order(self, lanes: int) -> Order:
         """Of a training with as many lanes (the ranks that began the epoch), or of validation."""
         if lanes not in self._orders:
             self._orders[lanes] = self._mixed(lanes) if self.shuffle else self._sequential()
+            for data in self.sets:
+                data.keep_open(self._shards_at_once(data, lanes))
         return self._orders[lanes]
+
+    def _shards_at_once(self, data: ShardSet, lanes: int) -> int:
+        """Shards that a window of each of this rank's lanes, and the next one, are spread over."""
+        if self.buckets:
+            return MANY_SHARDS  # a rare bucket's batch is gathered from far and wide
+        each = max(1, sum(data.counts) // len(data.counts))
+        return -(-lanes // self.place[1]) * (2 * self.buffer // each + 3)
+
+    def signature(self) -> str:
+        """Changes with all that the order of samples depends on."""
+        sets = [
+            (
+                name,
+                part.weight,
+                list(zip(map(name_of, part.data.urls), part.data.counts, strict=True)),
+            )
+            for name, part in self.parts.items()
+        ]
+        shapes = (self.buckets.shapes, self.batch_size) if self.buckets else None
+        facts = (self.seed, self.shuffle, self.buffer, self.samples_per_epoch, shapes, sets)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def _sequential(self) -> Order:
         if self.buckets:
@@ -202,9 +238,9 @@ class ShardStream(IterableDataset):
     def _announce(self, spans: list[Span]) -> None:
         """Let stores and the system fetch what comes after the window that is being read."""
         for span in spans:
-            if span not in self._announced:
+            if span not in self._announced.get(span.data_set, []):
                 self.sets[span.data_set].prepare(span.shard, span.first, span.stop)
-        self._announced = set(spans)
+        self._announced |= {span.data_set: spans for span in spans}
 
     def _batch(self, order: Order, share: Share | Slice, epoch: int, batch: int) -> Batch:
         units = [order.unit(epoch, number) for number in share.numbers(batch)]

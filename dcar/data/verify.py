@@ -1,6 +1,5 @@
 """Every altered or unusable shard of a folder, named: one task a shard, over several processes."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,15 @@ from dcar.data.shard_check import (
     open_tar,
     tar_samples,
 )
-from dcar.data.shards import MANIFEST, ShardEntry, read_manifest, read_sizes
-from dcar.data.storage import exists, join, list_files, name_of, open_read, parent, read_bytes
+from dcar.data.shards import (
+    MANIFEST,
+    ShardEntry,
+    read_manifest,
+    read_sizes,
+    read_splits,
+    split_of,
+)
+from dcar.data.storage import exists, join, list_files, name_of, open_read, parent
 
 SMALL = 64 * 2**20  # bytes that one process looks through while others would start
 
@@ -44,27 +50,13 @@ def quiet(samples: int, size: int) -> None:
 
 def shard_urls(folder: str | Path) -> list[str]:
     """The shards that lie in a folder itself, by name."""
-    inside = str(folder).rstrip("/")
-    return [u for u in list_files(inside) if u.endswith(".tar") and parent(u) == inside]
-
-
-def split_of(name: str) -> str:
-    """The split a shard's name tells: "train" of `train-000012.tar`, "all" of `00012.tar`."""
-    return name.removesuffix(".tar").rpartition("-")[0] or "all"
+    inside = parent(join(folder, "x"))  # as `parent` spells it: `./a`, `a//b` and `file:` are many
+    return [u for u in list_files(folder) if u.endswith(".tar") and parent(u) == inside]
 
 
 def splits_of(folder: str | Path) -> dict[str, str]:
-    """Shard file name -> its split: the manifest's word, else what the name tells.
-
-    Raises DataError for a manifest that cannot be read.
-    """
-    splits = {name_of(url): split_of(name_of(url)) for url in shard_urls(folder)}
-    if read_manifest(folder):
-        shards = json.loads(read_bytes(join(folder, MANIFEST)))["shards"]
-        splits |= {
-            shard["name"]: str(shard.get("split", split_of(shard["name"]))) for shard in shards
-        }
-    return splits
+    """Split of each shard that is there or in the manifest; raises as `read_splits` does."""
+    return {name_of(u): split_of(name_of(u)) for u in shard_urls(folder)} | read_splits(folder)
 
 
 def _find_repeated(folder: str, checks: Sequence[ShardCheck]) -> None:

@@ -105,6 +105,11 @@ class BaseModule(LightningModule):
         """One batch to see that everything fits together: what takes long is left out."""
         return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
 
+    def on_train_epoch_start(self) -> None:
+        """Gradients of an epoch that ended between two steps do not go into the next one's."""
+        for optimizer in self._as_list(self.optimizers()):
+            optimizer.zero_grad(set_to_none=True)
+
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Pictures come to the device as bytes; from here on they are in [-1, 1]."""
         return in_unit_range(batch)

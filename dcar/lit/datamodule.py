@@ -7,7 +7,24 @@ from lightning import LightningDataModule
 
 from dcar.data.batches import in_unit_range
 from dcar.data.loader import ShardLoader
+from dcar.data.storage import parent
+from dcar.data.stores import shown
 from dcar.data.stream import ShardStream
+from dcar.models.checkpoints import CheckpointError
+
+
+def _token_facts(stream: ShardStream) -> list[dict[str, Any]]:
+    known = [facts for data in stream.sets for facts in data.facts()]
+    tokens = [facts for facts in known if facts.get("kind") == "tokens"]
+    folders = {facts["folder"] for facts in tokens}
+    for data in stream.sets if tokens else ():
+        for url, entry in zip(data.urls, data.entries, strict=True):
+            if entry is None or parent(url) not in folders:
+                raise CheckpointError(
+                    f"{shown(url)} is in no manifest of token shards: finish "
+                    "--exp=data/precompute first"
+                )
+    return tokens
 
 
 class ShardDataModule(LightningDataModule):
@@ -36,14 +53,15 @@ class ShardDataModule(LightningDataModule):
         return [ShardLoader(stream, num_workers=self.num_workers) for stream in streams]
 
     def token_facts(self) -> list[dict[str, Any]]:
-        """What the manifests of token shards say of their tokens, with split and `folder`."""
+        """What the manifests of token shards say of their tokens, with split and `folder`.
+
+        Raises CheckpointError for a set of tokens with a shard that no such manifest lists.
+        """
         streams = {"train": self.train_stream, **self.val_streams}
         return [
             {"split": name, **facts}
             for name, partial in streams.items()
-            for data in partial().sets
-            for facts in data.facts()
-            if facts.get("kind") == "tokens"
+            for facts in _token_facts(partial())
         ]
 
     def preview_batches(self) -> Iterator[dict[str, Any]]:

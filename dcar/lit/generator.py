@@ -20,16 +20,13 @@ from dcar.lit.precompute import check_tokens, describe_tokens
 from dcar.models.checkpoints import (
     CheckpointError,
     Model,
-    load_strictly,
-    read_checkpoint,
+    load_tokenizer,
 )
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
 from dcar.models.residual_head import BaseResidualHead
 from dcar.models.sampler import SamplerSettings, Tokens, sample
 from dcar.models.tokenizer import HybridTokenizer
-
-TOKENIZER_MODULES = ("TokenizerStage2", "TokenizerStage3")
 
 
 class TokenCache:
@@ -56,8 +53,9 @@ class MaskedARGenerator(BaseModule):
     Batches hold `image`, or the tokens made of it (and perhaps text embeddings) by
     `--exp=data/precompute`. A datamodule with token shards has a method `token_facts` that returns
     their manifests' facts with `folder` and `split`, "train" or one of `val_names`; fitting raises
-    CheckpointError where another tokenizer, resolution or text encoder made them, and ValueError
-    where what they hold does not go with a trained text encoder or with `fid_images`.
+    CheckpointError where another tokenizer, resolution or text encoder made them, and for tokens of
+    a split without facts; ValueError where what they hold does not go with a trained text encoder
+    or with `fid_images`.
 
     tokenizer, tokenizer_from: architecture and checkpoint (stage 2 or 3) of a frozen tokenizer.
     text_encoder: trained along where its `trainable` says so, else frozen.
@@ -106,23 +104,13 @@ class MaskedARGenerator(BaseModule):
         self.val_names = tuple(val_names)
         self.metrics = Frozen(metrics()) if fid_images else None
         head = generator.residual_head
+        self.token_splits: set[str] = set()  # those whose tokens have facts
         self.measures_scale = head is not None and not bool(torch.isfinite(head.scale))
         self.tokenizer_from, self.tokenizer_module = tokenizer_from, "random weights"
         if tokenizer_from is not None:
-            self._load_tokenizer(tokenizer_from)
+            _, self.tokenizer_module = load_tokenizer(tokenizer_from, into=tokenizer)
         if init_from is not None:
             self.load_network(init_from, expected=("MaskedARGenerator",))
-
-    def _load_tokenizer(self, path: str | Path) -> None:
-        checkpoint = read_checkpoint(path)
-        writer = checkpoint["dcar"]["module"]
-        if writer not in TOKENIZER_MODULES:
-            raise CheckpointError(
-                f"tokenizer_from={path} was written by {writer}; "
-                f"the generator needs one of {' or '.join(TOKENIZER_MODULES)}"
-            )
-        self.tokenizer_module = writer
-        load_strictly(self.tokenizer.module, checkpoint["network"], source=path)
 
     @property
     def generator(self) -> HybridGenerator:
@@ -149,6 +137,7 @@ class MaskedARGenerator(BaseModule):
         """Refuse token shards that this tokenizer, resolution or text encoder did not make."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         facts: list[dict[str, Any]] = getattr(datamodule, "token_facts", list)()
+        self.token_splits = {theirs["split"] for theirs in facts}
         if not facts or (self.is_dry_run and self.tokenizer_from is None):
             return
         ours = describe_tokens(
@@ -179,6 +168,22 @@ class MaskedARGenerator(BaseModule):
     def on_train_start(self) -> None:
         if self.measures_scale and self.global_step == 0:
             self._measure_residual_scale(1 if self.is_dry_run else self.scale_batches)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._refuse_unknown_tokens(batch, "train")
+
+    def on_validation_batch_start(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._refuse_unknown_tokens(batch, self.val_names[dataloader_idx])
+
+    def _refuse_unknown_tokens(self, batch: dict[str, Any], split: str) -> None:
+        """By now every batch has ids; those made here come with the pictures they are of."""
+        if "image" not in batch and split not in self.token_splits:
+            raise CheckpointError(
+                f"the set {split!r} is of token shards without a manifest: "
+                "finish --exp=data/precompute first"
+            )
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Ids (B, H, W) int64 and residual (B, C, H, W) float32: the shards' own, or made here."""

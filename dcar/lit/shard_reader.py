@@ -1,10 +1,8 @@
 """Whole input shards to ranks and workers, for predictions that are written shard by shard."""
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dcar.data.cache import ShardCache
 from dcar.data.index import ShardIndex
 from dcar.data.members import BadSample, Raw
-from dcar.data.shards import MANIFEST, ShardEntry, read_manifest
-from dcar.data.storage import expand, join, name_of, parent, read_bytes
+from dcar.data.shards import ShardEntry, read_manifest, read_splits, split_of
+from dcar.data.storage import expand, join, local_path, name_of, parent
+from dcar.data.stores import filesystem, is_remote, shown, with_retries
 
 Batch = dict[str, Any]
 Decode = Callable[[Raw], dict[str, Any]]  # raises BadSample; its entry "key" names the sample
@@ -36,11 +35,25 @@ class Source:
     def name(self) -> str:
         return name_of(self.url)
 
+    def identity(self) -> dict[str, Any]:
+        """What another shard of this name would not share, as plain data.
+
+        The manifest's entry; without one size and time of the last change, or URL and size.
+        """
+        if self.entry is not None:
+            return asdict(self.entry)
+        if not is_remote(self.url):
+            facts = local_path(self.url).stat()
+            return {"name": self.name, "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+        store = filesystem(self.url)
+        size = with_retries(lambda: store.size(store._strip_protocol(self.url)), self.url)
+        return {"url": shown(join(parent(self.url), self.name)), "bytes": size}
+
 
 def find_sources(urls: str | Path | Iterable[str | Path]) -> list[Source]:
     """Shards by path, glob or brace pattern, local or remote, with what their manifests say.
 
-    Without a manifest a shard's split is its name up to the number at the end.
+    A shard's split is the manifest's word, else what its name tells (`split_of`).
     Raises FileNotFoundError for a pattern that matches nothing, ValueError where two shards of
     different folders have one name: their outputs would.
     """
@@ -51,21 +64,11 @@ def find_sources(urls: str | Path | Iterable[str | Path]) -> list[Source]:
             raise ValueError(f"{other} and {url} have the same name, so their outputs would too")
     folders = {parent(url) for url in found.values()}
     entries = {folder: read_manifest(folder) for folder in folders}
-    splits = {folder: _splits(folder) if entries[folder] else {} for folder in folders}
+    splits = {folder: read_splits(folder) for folder in folders}
     return [
-        Source(url, splits[parent(url)].get(name, _prefix(name)), entries[parent(url)].get(name))
+        Source(url, splits[parent(url)].get(name, split_of(name)), entries[parent(url)].get(name))
         for name, url in found.items()
     ]
-
-
-def _splits(folder: str) -> dict[str, str]:
-    shards = json.loads(read_bytes(join(folder, MANIFEST)))["shards"]
-    return {shard["name"]: shard["split"] for shard in shards}
-
-
-def _prefix(name: str) -> str:
-    """`journeydb-train` of `journeydb-train-000012.tar`."""
-    return re.sub(r"[-_.]?\d*$", "", name.removesuffix(".tar")) or "all"
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:

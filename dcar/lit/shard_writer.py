@@ -24,10 +24,14 @@ from dcar.data.storage import (
     join,
     list_files,
     local_path,
+    name_of,
+    parent,
     read_bytes,
     write_atomically,
 )
+from dcar.data.stores import shown
 from dcar.lit.last_checkpoint import STOP_SIGNALS, Interrupted
+from dcar.lit.shard_reader import Source
 
 RECORDS = ".progress"  # folder in the output folder
 SAMPLES_BEFORE_JUDGING = 1000  # a rate of bad samples means nothing on fewer
@@ -60,17 +64,29 @@ class Progress:
     So a shard without one was not finished, or nothing is known of it, and it is made again.
     settings: of the run, as plain data, kept in every record and in the manifest: one folder holds
         shards of one settings only.
-    splits: of output shards by name, for the manifest. source: where the input lies, for it too.
+    sources: the input, at least one shard. Each record says what its shard was made from.
     """
 
-    def __init__(self, folder: str, settings: Settings, *, source: str, splits: Mapping[str, str]):
-        self.folder, self.source, self.splits = folder, source, splits
+    def __init__(self, folder: str, settings: Settings, *, sources: Sequence[Source]):
+        self.folder, self.sources = folder, {source.name: source for source in sources}
+        self.source = name_of(parent(sources[0].url))
         self.settings = json.loads(json.dumps(settings))
 
     def finished(self) -> set[str]:
-        """Names of the shards that need not be made again. Raises as `_records` does."""
-        names = {record["shard"]["name"] for record in self._records()}
-        return {name for name in names if exists(join(self.folder, name))}
+        """Names of the shards that need not be made again.
+
+        Raises ValueError for a shard that was made of another input, and as `_records` does.
+        """
+        records = {record["shard"]["name"]: record for record in self._records()}
+        there = {name for name in records if exists(join(self.folder, name))}
+        for name in sorted(there & self.sources.keys()):
+            if lines := differing(self.sources[name].identity(), records[name].get("input")):
+                raise ValueError(
+                    f"{join(self.folder, name)} was made from another shard of this name than "
+                    f"{shown(self.sources[name].url)}: delete it to make it again, or give another "
+                    f"folder ({'; '.join(lines)})"
+                )
+        return there
 
     def _records(self) -> list[dict[str, Any]]:
         """Raises ValueError naming what differs where other settings made one of the shards."""
@@ -85,10 +101,14 @@ class Progress:
                 )
         return records
 
-    def add(self, entry: ShardEntry, dropped: Counter[str], tried: int) -> None:
+    def add(
+        self, entry: ShardEntry, dropped: Counter[str], tried: int, *, made_from: Settings
+    ) -> None:
+        """Write the record of a finished shard. made_from: identity of its input when begun."""
         record = {
             "shard": asdict(entry),
-            "split": self.splits[entry.name],
+            "input": made_from,
+            "split": self.sources[entry.name].split,
             "source": self.source,
             "dropped": dict(sorted(dropped.items())),
             "tried": tried,
@@ -133,6 +153,7 @@ class OpenShard:
 
     writer: ShardWriter
     stack: ExitStack
+    made_from: Settings
     dropped: Counter[str] = field(default_factory=Counter)
     tried: int = 0
 
@@ -187,9 +208,10 @@ class ShardPredictionWriter(Callback):
 
     def _shard(self, name: str) -> OpenShard:
         if name not in self.open:
+            made_from = self.progress.sources[name].identity()
             stack = ExitStack()
             writer = stack.enter_context(ShardWriter(join(self.progress.folder, name)))
-            self.open[name] = OpenShard(writer, stack)
+            self.open[name] = OpenShard(writer, stack, made_from)
         return self.open[name]
 
     def _count(self, shard: OpenShard, batch: Mapping[str, Any], outputs: Sequence[Raw]) -> None:
@@ -205,7 +227,9 @@ class ShardPredictionWriter(Callback):
         shard = self.open[name]
         shard.stack.close()
         del self.open[name]
-        self.progress.add(shard.writer.entry, shard.dropped, shard.tried)
+        self.progress.add(
+            shard.writer.entry, shard.dropped, shard.tried, made_from=shard.made_from
+        )
         self.finished += 1
         seconds = time.perf_counter() - self.begun
         left = seconds / self.finished * (of - self.finished)

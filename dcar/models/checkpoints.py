@@ -38,6 +38,7 @@ COMPONENTS = (
     "types.NoneType",  # a part that is left out
 )
 PARTS = ("tokenizer", "generator", "text_encoder")
+TOKENIZER_MODULES = ("TokenizerStage2", "TokenizerStage3")  # whose tokenizers are of use to others
 
 
 class CheckpointError(RuntimeError):
@@ -98,6 +99,26 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, source: str
             + "; ".join(shown)
         )
     module.load_state_dict(dict(state))
+
+
+def load_tokenizer(
+    path: str | Path, into: HybridTokenizer | None = None
+) -> tuple[HybridTokenizer, str]:
+    """The tokenizer of a checkpoint, and the name of the module that trained it.
+
+    into: takes the weights; None builds a tokenizer as the checkpoint's own config says. Raises
+    CheckpointError where neither stage 2 nor stage 3 wrote the checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    module = checkpoint["dcar"]["module"]
+    if module not in TOKENIZER_MODULES:
+        raise CheckpointError(
+            f"tokenizer_from={path} was written by {module}; tokens are those of "
+            f"{' or '.join(TOKENIZER_MODULES)}"
+        )
+    tokenizer = build(checkpoint["dcar"]["config"]["tokenizer"]) if into is None else into
+    load_strictly(tokenizer, checkpoint["network"], source=path)
+    return tokenizer, module
 
 
 @dataclass

@@ -20,8 +20,10 @@ def test_pictures_travel_as_bytes_and_arrive_in_the_range_of_the_models():
     batch = collate(samples, images, ["x", "y"])
     assert batch["key"] == ["a", "b"] and batch["caption"] == ["x", "y"]
     assert batch["image"].dtype == torch.uint8
+    stored = batch
     for _ in range(2):  # a second time it changes nothing
         batch = in_unit_range(batch)
+        assert stored["image"].dtype == torch.uint8
         assert batch["image"].dtype == torch.float32
         assert batch["image"].flatten(1).unique(dim=1).flatten().tolist() == [-1, 1]
 
@@ -41,7 +43,9 @@ def test_text_is_padded_to_the_longest_and_masked():
 def test_ids_above_the_range_of_signed_numbers_survive():
     sample = token_sample("a")
     sample.tokens["ids"][0, 0] = 65_535
-    assert collate([sample], [], ["x"])["ids"][0, 0, 0] == 65_535
+    batch = collate([sample], [], ["x"])
+    assert batch["ids"].flatten().tolist() == [65_535, 0, 0, 0]
+    assert (batch["ids"].dtype, batch["residual"].dtype) == (torch.int64, torch.float32)
 
 
 @pytest.mark.parametrize(

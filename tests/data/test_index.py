@@ -59,7 +59,25 @@ def test_spans_hold_their_samples_and_no_more(tmp_path):
     part = whole[offset : offset + size]
     assert bytes([3]) * 700 in part and part.endswith(b"caption 4")
     assert bytes([2]) * 700 not in part and bytes([5]) * 700 not in part
-    index.advise(0, 10_000)  # past the end: what there is
+
+
+def test_what_is_read_soon_is_asked_for_up_to_the_end_of_the_shard(tmp_path, monkeypatch):
+    index, asked = ShardIndex(shard(tmp_path)), []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *request: asked.append(request[1:3]))
+    index.advise(3, 5)
+    index.advise(8, 10_000)
+    index.advise(10, 20)
+    assert asked == [index.span(3, 5), index.span(8, 10)]
+
+
+def test_no_file_stays_open_that_nobody_reads(tmp_path):
+    good, bad = shard(tmp_path), tmp_path / "page.tar"
+    bad.write_bytes(b"<html>" * 500)
+    assert len(list(read_shard(good))) == count_samples(good) == 10
+    with pytest.raises(DataError) as kept:  # with the frames that hold what they had opened
+        ShardIndex(bad)
+    held = {Path(file.path).name for file in psutil.Process().open_files()}
+    assert kept.value and not held & {good.name, bad.name}
 
 
 def test_every_cut_is_noticed_and_leaves_the_samples_before_it(tmp_path):
@@ -77,6 +95,8 @@ def test_every_cut_is_noticed_and_leaves_the_samples_before_it(tmp_path):
         assert index.broken
         for position in range(len(index) - 1):
             assert index.read(position) == samples(10)[position]
+        if len(index):  # whole members of the last one, no part of one
+            assert index.read(len(index) - 1).items() <= samples(10)[len(index) - 1].items()
         with pytest.raises(DataError, match="s-000000.tar"):
             list(read_shard(path))
 

@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data._utils import signal_handling
 
 from dcar.data.batches import Batch
+from dcar.data.buckets import Buckets
 from dcar.data.loader import ShardLoader, death_of_worker
 from dcar.data.members import DataError
 from dcar.data.transforms import ImageTransform
@@ -80,6 +82,18 @@ def test_validation_starts_over_after_a_broken_off_iteration(shards):
     loader = loader_of(shards, shuffle=False)
     first = [batch["key"] for batch in islice(iter(loader), 2)]
     assert [batch["key"] for batch in islice(iter(loader), 2)] == first
+
+
+def test_a_validation_is_taken_up_once_and_then_the_same_each_time(shards):
+    whole, stopped = list(loader_of(shards, shuffle=False)), loader_of(shards, shuffle=False)
+    list(islice(iter(stopped), 2))
+    resumed = loader_of(shards, shuffle=False)
+    resumed.load_state_dict(stopped.state_dict())
+    for expected in (whole[2:], whole, whole):
+        assert all(same(*pair) for pair in zip(resumed, expected, strict=True))
+        list(islice(iter(resumed), 1))  # broken off: the next one starts over
+    resumed.load_state_dict(stopped.state_dict() | {"batches": 99})  # of smaller batches, say
+    assert keys(resumed) == keys(whole)
 
 
 def test_a_cache_with_workers_is_refused(shards):
@@ -174,10 +188,34 @@ def test_after_a_change_of_ranks_the_next_epoch_is_a_fresh_one(shards):
     assert all(same(*pair) for pair in zip(resumed, fresh, strict=True))
 
 
-def test_a_state_of_other_shards_leaves_out_the_rest_of_the_epoch(shards, tmp_path, caplog):
+def test_a_state_that_is_only_carried_on_stays_as_it_is(shards):
+    loader = loader_of(shards, rank=0, world=2)
+    take(loader, 2)
+    state = loader.state_dict()
+    for rank in range(3):
+        resumed = loader_of(shards, rank=rank, world=3)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+    take(resumed, 1)
+    assert resumed.state_dict() == state | {"batches": 3, "units": 2 * 2 * 3 + 3 * 3}
+
+
+def test_a_state_between_epochs_is_none_of_so_many_ranks(shards):
+    loader = loader_of(shards, rank=0, world=2)
+    list(loader)
+    resumed, fresh = (loader_of(shards, rank=0, world=1) for _ in range(2))
+    resumed.load_state_dict(loader.state_dict())
+    list(fresh)
+    assert all(same(*pair) for pair in zip(resumed, fresh, strict=True))
+
+
+@pytest.mark.parametrize("change", [{"seed": 8}, {"buffer": 9}, {}])
+def test_a_state_of_another_order_leaves_out_the_rest_of_the_epoch(
+    shards, tmp_path, caplog, change
+):
     loader = loader_of(shards)
     take(loader, 3)
-    resumed = loader_of(build(tmp_path, sizes=(20, 20)))
+    resumed = loader_of(shards if change else build(tmp_path, sizes=(20, 19)), **change)
     resumed.load_state_dict(loader.state_dict())
     assert "the rest of epoch 0 is left out" in caplog.text
     assert resumed.state_dict()["epoch"] == 1
@@ -219,10 +257,26 @@ def test_a_killed_worker_is_named(shards):
         list(batches)
 
 
+def test_the_death_of_a_worker_interrupts_nothing(shards, monkeypatch):
+    """The handler that torch installs once a process raises wherever the process then is."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+
+    def ours(*_) -> None:
+        pass
+
+    before = signal.signal(signal.SIGCHLD, ours)
+    try:
+        batches = iter(loader_of(shards, 1))
+        assert signal.getsignal(signal.SIGCHLD) is ours
+        assert len(list(batches)) == BATCHES
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @pytest.mark.slow  # torch takes seconds to let go of a worker that raised
 def test_what_a_worker_cannot_read_reaches_the_training_process(tmp_path):
     folder = build(tmp_path, sizes=(6, 6), bad={f"k{n:04d}": {"txt": b""} for n in range(12)})
-    with pytest.raises(DataError, match="not one of 3 samples"):
+    with pytest.raises(DataError, match="^not one of 3 samples"):
         list(loader_of(folder, 1))
 
 
@@ -315,4 +369,15 @@ def test_only_the_death_of_a_worker_is_taken_for_one():
     assert str(death) == (
         "a process that reads data has died: DataLoader worker (pid(s) 7) exited unexpectedly"
     )
-    assert death_of_worker(RuntimeError("CUDA out of memory")) is None
+    for other in ("CUDA out of memory", "Caught RuntimeError in DataLoader worker process 0. ..."):
+        assert death_of_worker(RuntimeError(other)) is None
+
+
+def test_workers_that_are_spawned_know_their_rank(shards, monkeypatch):
+    """They have no process group to ask."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    spawned = ShardLoader(stream(shards), num_workers=1, multiprocessing_context="spawn")
+    expected = loader_of(shards, rank=1, world=2)
+    assert all(same(*pair) for pair in zip(spawned, expected, strict=True))

@@ -20,6 +20,7 @@ from dcar.data.order import (
     Slice,
     Span,
     permutation,
+    turns,
 )
 
 counts_of = st.lists(st.integers(0, 40), min_size=1, max_size=12)
@@ -38,7 +39,7 @@ def shuffled(counts: Sequence[int], *, seed: str = "s", window: int = 16, lanes:
 
 
 def test_a_permutation_is_the_same_on_every_machine() -> None:
-    assert permutation(10, "0/train/0/shards") == (1, 7, 8, 9, 0, 2, 5, 4, 6, 3)
+    assert permutation(10, "0/train/0/shards").tolist() == [1, 7, 8, 9, 0, 2, 5, 4, 6, 3]
 
 
 @given(counts_of)
@@ -84,6 +85,19 @@ def test_samples_move_within_their_window_only_and_shards_anywhere() -> None:
     assert all(abs(number - at) < 10 for at, number in enumerate(numbers))
     assert numbers != sorted(numbers)
     assert line.order != order.line(1).order
+
+
+def test_a_window_is_shuffled_by_seed_epoch_lane_and_number() -> None:
+    """In one shard, where no order of shards hides a window that is always shuffled alike."""
+
+    def moves(*, seed: str = "s", epoch: int = 0, lane: int = 0, window: int = 0) -> list[int]:
+        order, first = shuffled([80], seed=seed, window=20, lanes=2), 40 * lane + 20 * window
+        numbers = range(40 * window + lane, 40 * window + 40, 2)
+        return [order.unit(epoch, n).places[0].position - first for n in numbers]
+
+    found = [moves(), moves(seed="t"), moves(epoch=1), moves(lane=1), moves(window=1)]
+    assert all(sorted(each) == list(range(20)) for each in found)
+    assert len({tuple(each) for each in found}) == 5
 
 
 def test_each_rank_reads_a_piece_of_the_shards_of_its_own() -> None:
@@ -141,6 +155,14 @@ def test_what_lies_ahead_is_the_window_after_this_one() -> None:
     assert SequentialOrder([3, 3]).ahead(0, 1) == [Span(1, 0, 1)]
 
 
+def test_what_lies_ahead_of_a_lane_ends_with_the_lane() -> None:
+    order = shuffled([10] * 4, window=8, lanes=2)
+    line = order.line(0)
+    ahead = [[order.ahead(0, 2 * step + lane) for step in (0, 8, 16)] for lane in range(2)]
+    assert ahead[0] == [line.spans(8, 16), line.spans(16, 20), []]
+    assert ahead[1] == [line.spans(28, 36), line.spans(36, 40), []]
+
+
 def buckets(counts: Sequence[int]) -> list[np.ndarray]:
     return [np.arange(count) * (shard + 3) // 2 % 3 for shard, count in enumerate(counts)]
 
@@ -171,6 +193,14 @@ def test_batches_of_buckets_come_mixed_and_new_each_epoch() -> None:
     assert places(order, 0) == places(bucket_order([40, 40, 40]), 0)
 
 
+def test_batches_of_buckets_come_as_they_get_full_with_what_lies_ahead_of_them() -> None:
+    order = bucket_order([40, 40, 40])
+    met = {order.inner.unit(0, n).places[0]: n for n in range(order.inner.size)}
+    full = [max(met[place] for place in order.unit(0, n).places) for n in range(order.size)]
+    assert full == sorted(full)
+    assert order.ahead(0, 12) == order.inner.line(0).spans(64, 80)  # batch 12: samples from 48 on
+
+
 def mixed(lanes: int = 1, weights: Sequence[float] = (3, 1), size: int = 80) -> MixedOrder:
     orders = [shuffled([20, 20], lanes=lanes), shuffled([7, 9, 9], seed="t", lanes=lanes)]
     return MixedOrder(orders, weights, lanes=lanes, size=size)
@@ -191,6 +221,33 @@ def test_each_set_of_a_mixture_goes_through_whole_epochs_of_its_own(lanes: int) 
         assert len(set(found[start : start + size])) == size
 
 
+def test_turns_are_the_same_on_every_machine() -> None:
+    shares = np.array([5, 2, 1]) / 8
+    assert turns(shares)[:8].tolist() == [0, 1, 0, 0, 2, 0, 1, 0]
+
+
+def test_what_lies_ahead_of_a_set_of_a_mixture_is_of_that_set() -> None:
+    order = mixed()
+    own = [(order.unit(0, n).places[0].data_set, order.ahead(0, n)) for n in range(20)]
+    assert all({span.data_set for span in spans} <= {data_set} for data_set, spans in own)
+    assert any(spans for data_set, spans in own if data_set == 1)
+
+
+def test_an_epoch_of_a_mixture_is_of_whole_groups_of_lanes() -> None:
+    assert [mixed(lanes, size=83).size for lanes in (1, 2, 5)] == [83, 82, 80]
+
+
+def test_a_mixture_of_samples_and_buckets_is_refused() -> None:
+    with pytest.raises(ValueError, match="buckets in all of its data sets or in none"):
+        MixedOrder([shuffled([20]), bucket_order([20])], [1, 1], lanes=1, size=20)
+
+
 def test_weights_too_small_to_be_chosen_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"weights \[10000, 1\]"):
-        mixed(weights=(10_000, 1))
+    for weights in ((10_000, 1), (0, 0)):
+        with pytest.raises(ValueError, match=rf"weights \[{weights[0]}, {weights[1]}\]"):
+            mixed(weights=weights)
+
+
+def test_a_set_too_small_for_the_ranks_is_refused() -> None:
+    with pytest.raises(ValueError, match="too small for 9 ranks"):
+        MixedOrder([shuffled([20], lanes=9), shuffled([8], lanes=9)], [1, 1], lanes=9, size=20)

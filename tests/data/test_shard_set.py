@@ -5,14 +5,23 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dcar.data import shard_set
+from dcar.data.cache import ShardCache
+from dcar.data.index import ShardIndex
+from dcar.data.cache import ShardCache
 from dcar.data.members import BadSample
-from dcar.data.shard_set import OPEN_SHARDS, ShardSet, caption_names
-from dcar.data.shards import write_manifest, write_shards
+from dcar.data.shard_set import ShardSet, caption_names
+from dcar.data.shards import ShardEntry, write_manifest, write_shards
+from tests.servers import ALWAYS, Fault, FaultyServer
+from tests.servers import FaultyServer
 from tests.shards import UNEVEN, build, row
 
 
@@ -48,6 +57,29 @@ def test_a_place_that_the_shard_does_not_have_is_lost(shards, tmp_path, caplog):
     assert data.read(1, 0)["__key__"] == "k0013"
 
 
+def test_a_shard_that_breaks_off_is_told_and_read_up_to_there(tmp_path, caplog):
+    path = build(tmp_path) / "s2-000000.tar"
+    path.write_bytes(path.read_bytes()[: 9 * 512])
+    data = ShardSet(tmp_path / "s*.tar")
+    assert [data.read(2, position)["__key__"] for position in range(2)] == ["k0020", "k0021"]
+    for position in range(2, 10):
+        with pytest.raises(BadSample, match="lost with its shard"):
+            data.read(2, position)
+    assert "the rest of a shard is lost" in caplog.text and path.name in caplog.text
+
+
+def remote(server: FaultyServer, cache: Path) -> ShardSet:
+    urls = [server.url(f"s{shard}-000000.tar") for shard in range(4)]
+    return ShardSet(urls, cache=ShardCache(cache, attempts=2, backoff=0.01, timeout=5.0))
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def read_in_child(data: ShardSet, places: list[tuple[int, int]], queue) -> None:
     queue.put([data.read(*place)["__key__"] for place in places])
 
@@ -66,13 +98,34 @@ def test_each_process_reads_through_files_of_its_own(shards, method):
     child.join()
 
 
-def test_no_more_than_so_many_shards_stay_open(tmp_path):
-    folder = build(tmp_path, sizes=(1,) * (OPEN_SHARDS + 20))
+def offsets(path: Path) -> list[int]:
+    """How far this process has read in the files that it holds open at a path."""
+    here = [int(fd) for fd in os.listdir("/proc/self/fd")]
+    held = [fd for fd in here if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve())]
+    return [os.lseek(fd, 0, os.SEEK_CUR) for fd in held]
+
+
+def test_a_forked_process_moves_no_file_of_its_parent(shards):
+    data = ShardSet(shards / "s*.tar")
+    data.read(0, 0)
+    before = offsets(shards / "s0-000000.tar")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=read_in_child, args=(data, [(0, 12)], queue))
+    child.start()
+    assert queue.get(timeout=60) == ["k0012"]
+    child.join()
+    assert before and offsets(shards / "s0-000000.tar") == before
+
+
+def test_no_more_shards_stay_open_than_a_reader_asks_for(tmp_path):
+    folder = build(tmp_path, sizes=(1,) * 40)
     data = ShardSet(folder / "s*.tar")
+    data.keep_open(10)
     before = len(os.listdir("/proc/self/fd"))
-    keys = [data.read(shard, 0)["__key__"] for shard in range(len(data.urls))]
-    assert len(set(keys)) == OPEN_SHARDS + 20
-    assert len(os.listdir("/proc/self/fd")) - before <= OPEN_SHARDS
+    keys = [data.read(shard, 0)["__key__"] for shard in range(40)]
+    assert len(set(keys)) == 40
+    assert len(os.listdir("/proc/self/fd")) - before == 10
 
 
 def test_a_set_travels_without_its_open_files(shards):
@@ -89,6 +142,15 @@ def test_sizes_come_from_beside_the_manifest_or_from_the_pictures(tmp_path):
     told = {entries[0].name: np.array([[1, 2], [3, 4]], np.uint16)}
     write_manifest(tmp_path, {"train": entries}, sizes=told)
     assert ShardSet(tmp_path / "s*.tar").sizes()[0].tolist() == [[1, 2], [3, 4]]
+    write_manifest(tmp_path, {"train": entries}, sizes={entries[0].name: told[entries[0].name][1:]})
+    assert ShardSet(tmp_path / "s*.tar").sizes()[0].tolist() == [[12, 8], [20, 30]]  # not of these
+
+
+def test_sizes_are_those_of_wide_pictures_too_and_one_where_there_is_no_picture(tmp_path):
+    write_shards([row("k0000", 300, 8), {"__key__": "k0001", "png": b"no"}], tmp_path, "s", 2)
+    (tmp_path / "s-000001.tar").write_bytes(b"no tar")
+    sizes = ShardSet(tmp_path / "s*.tar").sizes()
+    assert sizes[0].tolist() == [[300, 8], [1, 1]] and sizes[1].shape == (0, 2)
 
 
 def test_facts_are_the_manifest_s_and_name_their_folder(tmp_path):
@@ -106,8 +168,36 @@ def test_captions_of_several_folders_are_joined_by_key(shards, tmp_path):
     data = ShardSet(shards / "s0*.tar", captions=[tmp_path / "one", tmp_path / "two"])
     assert data.captions(0, "k0003") == {"one": "one words", "two": "two words"}
     assert data.captions(0, "k0004") == {}
+    alone = ShardSet(shards / "s0*.tar", captions=str(tmp_path / "two"))
+    assert alone.captions(0, "k0003") == {"two": "two words"}
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"captions": 3}', b'{"captions": {"a": 3}}'])
 def test_a_member_without_captions_gives_none(data):
     assert caption_names(data) == {}
+
+
+def test_caption_shards_that_are_not_there_are_named(shards, tmp_path):
+    write_shards([{"__key__": "k0003", "json": b"{}"}], tmp_path, "s0", 1)
+    with pytest.raises(FileNotFoundError, match=r"no s1-000000.tar \(3 of 4 shards are missing\)"):
+        ShardSet(shards / "s*.tar", captions=tmp_path)
+
+
+def test_a_page_in_place_of_a_shard_does_not_stay_in_the_cache(shards, tmp_path):
+    copy = tmp_path / "served"
+    copy.mkdir()
+    (copy / "s0-000000.tar").write_text("<html>please log in</html>")
+    with FaultyServer(copy) as server:
+        data = ShardSet(server.url("s0-000000.tar"), cache=ShardCache(tmp_path / "cache"))
+        assert data.counts == [0]
+        (copy / "s0-000000.tar").write_bytes((shards / "s0-000000.tar").read_bytes())
+        with pytest.raises(BadSample):
+            data.read(0, 0)
+        data.forget_losses()
+        assert data.read(0, 0)["__key__"] == "k0000"
+
+
+def test_pictures_too_wide_for_the_table_count_as_as_wide_as_it_holds(tmp_path):
+    rows = [{"__key__": "k", "png": row("k0000", 70_000, 1)["png"]}]
+    write_shards(rows, tmp_path, "s", 1)
+    assert ShardSet(tmp_path / "s*.tar").sizes()[0].tolist() == [[65_535, 1]]

@@ -1,6 +1,7 @@
 """Shards: same bytes each time, nothing half written, what others' readers make of them."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dcar.data.shards import (
     read_facts,
     read_manifest,
     read_sizes,
+    read_splits,
+    split_of,
     write_manifest,
     write_shards,
 )
@@ -90,6 +93,34 @@ def test_a_broken_manifest_is_an_error(tmp_path):
         read_manifest(folder)
 
 
+@pytest.mark.parametrize("shards", ["[3]", '[{"split": "train"}]', '[{"name": 7}]'])
+def test_splits_of_a_broken_manifest_are_an_error(tmp_path, shards):
+    (tmp_path / "manifest.json").write_text(f'{{"shards": {shards}}}')
+    with pytest.raises(DataError, match="manifest"):
+        read_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-000012.tar", "train"),
+        ("in-1k-val-07.tar", "in-1k-val"),
+        ("my-train.tar", "my-train"),
+        ("val_3.tar", "val"),
+        ("7.tar", "all"),
+    ],
+)
+def test_a_name_tells_the_split_by_all_before_its_number(name, split):
+    assert split_of(name) == split
+
+
+def test_splits_are_the_manifest_s_and_where_it_is_silent_the_names(tmp_path):
+    listed = [{"name": "mine-0.tar", "split": "train"}, {"name": "other-1.tar"}]
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": listed}))
+    assert read_splits(tmp_path) == {"mine-0.tar": "train", "other-1.tar": "other"}
+    assert read_splits(tmp_path / "none") == {}
+
+
 def test_a_key_written_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'a/000' is written twice"):
         write_shards([*samples(1), *samples(1)], tmp_path, "train", 5)
@@ -130,8 +161,11 @@ def test_sizes_are_the_same_bytes_each_time(tmp_path):
     assert one == two
 
 
-def test_damaged_sizes_are_an_error(tmp_path):
-    (tmp_path / "sizes.npz").write_bytes(b"PK no")
+@pytest.mark.parametrize("cut", [0, 5, 60, -30])
+def test_damaged_sizes_are_an_error(tmp_path, cut):
+    write_manifest(tmp_path, {}, sizes={"a": np.ones((3, 2), np.uint16)})
+    path = tmp_path / "sizes.npz"
+    path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError, match="sizes.npz"):
         read_sizes(tmp_path)
 

@@ -45,6 +45,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("spelling", ["./{name}", "{place}//{name}", "file://{place}/{name}"])
+def test_a_folder_is_found_whatever_its_spelling(
+    folder: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    found = collect(spelling.format(place=folder.parent, name=folder.name), processes=1)
+    assert [(split.split, split.samples) for split in found.splits] == [("train", 4), ("val", 1)]
+
+
 def test_each_split_is_counted_by_itself(folder: Path) -> None:
     train, val = collect(folder, processes=1).splits
     assert [(s.split, s.shards, s.samples, s.looked) for s in (train, val)] == [

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcar.data.buckets import Buckets
 from dcar.data.cache import ShardCache
+from dcar.data.index import ShardIndex
 from dcar.data.loader import ShardLoader
 from dcar.data.members import DataError
 from dcar.data.samples import Sample
@@ -93,6 +96,18 @@ def test_impossible_settings_are_refused(shards, settings):
         stream(shards, **settings)
 
 
+def test_rank_and_world_are_the_process_group_s_unless_given(shards):
+    assert stream(shards).place == (0, 1)
+    distributed.init_process_group("fake", rank=1, world_size=3, store=FakeStore())
+    try:
+        assert stream(shards).place == (1, 3)
+        assert stream(shards, rank=4, world=5).place == (4, 5)
+        grouped, given = stream(shards), stream(shards, rank=1, world=3)
+        assert keys(ShardLoader(grouped)) == keys(ShardLoader(given))
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_training_samples_are_counted_and_replaced_without_moving_the_others(
     tmp_path, shards, workers
@@ -108,11 +123,14 @@ def test_bad_training_samples_are_counted_and_replaced_without_moving_the_others
     assert not set(keys(batches)) & set(bad)
 
 
-def test_batches_of_one_bad_sample_take_the_one_before_and_resume_exactly(tmp_path):
+def test_batches_of_one_bad_sample_take_the_one_before_and_resume_exactly(tmp_path, shards):
     bad = {f"k{number:04d}": {"png": b"no"} for number in (3, 11, 12, 30)}
     folder = build(tmp_path, bad=bad)
     expected = list(ShardLoader(stream(folder, batch_size=1, max_bad=1.0)))
-    assert len(expected) == sum(UNEVEN)
+    wanted: list[str] = []
+    for key in keys(ShardLoader(stream(shards, batch_size=1))):
+        wanted.append(wanted[-1] if key in bad else key)
+    assert keys(expected) == wanted
     straight = ShardLoader(stream(folder, batch_size=1, max_bad=1.0))
     for done, _ in enumerate(islice(iter(straight), len(expected) - 1), start=1):
         resumed = ShardLoader(stream(folder, batch_size=1, max_bad=1.0))
@@ -126,7 +144,7 @@ def test_validation_leaves_bad_samples_out(tmp_path):
     batches = list(loader)
     assert sorted(keys(batches)) == [f"k{number:04d}" for number in range(1, 38)]
     assert all(len(batch["key"]) == 1 for batch in batches)
-    assert sum(loader.stream.skipped.values()) == 2
+    assert (sum(loader.stream.skipped.values()), loader.stream.seen) == (2, 39)
 
 
 def test_words_are_not_needed_where_the_stream_says_so(tmp_path):
@@ -142,6 +160,47 @@ def test_a_shard_cut_short_is_counted_and_every_batch_still_comes(tmp_path, capl
     loader = ShardLoader(stream(folder, max_bad=0.5))
     assert len(list(loader)) == len(loader) == 13
     assert loader.stream.skipped["lost with its shard"] >= 7
+
+
+def test_a_shard_that_was_lost_is_tried_again_in_the_next_epoch(tmp_path):
+    folder = build(tmp_path)
+    path = folder / "s1-000000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(b"<html>")
+    loader = ShardLoader(stream(folder, buffer=39, max_bad=1.0))
+    list(loader)
+    path.write_bytes(whole)
+    assert len(set(keys(loader))) == 39
+    assert loader.stream.skipped == {"lost with its shard": 7}
+
+
+class Told(ShardSet):
+    """Remembers which samples it was told to have fetched."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.told: list[tuple[int, int, int]] = []
+
+    def prepare(self, *span: int) -> None:
+        self.told.append(span)
+        super().prepare(*span)
+
+
+def test_each_window_is_fetched_ahead_once_and_in_every_epoch(tmp_path):
+    data = Told(build(tmp_path, sizes=(39,)) / "s*.tar")
+    loader = ShardLoader(stream(data))
+    for _ in range(2):
+        list(loader)
+        assert data.told == [(0, 8, 16), (0, 16, 24), (0, 24, 32), (0, 32, 39)]
+        data.told.clear()
+
+
+def test_each_set_of_a_mixture_has_its_own_samples_fetched_ahead(shards, tmp_path):
+    main, more = Told(shards / "s*.tar"), Told(other(tmp_path, 20) / "t*.tar")
+    settings = {"transform": ImageTransform(8), "batch_size": 1, "seed": 7, "shuffle": True}
+    list(ShardLoader(ShardStream(mixture={"a": Part(main), "b": Part(more)}, buffer=8, **settings)))
+    for data in (main, more):
+        assert data.told and all(stop <= data.counts[shard] for shard, _, stop in data.told)
 
 
 def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path):
@@ -203,10 +262,25 @@ def test_a_mixture_is_taken_up_exactly(shards, tmp_path):
     resumed = mixture(shards, other(tmp_path))
     resumed.load_state_dict(stopped.state_dict())
     assert all(same(*pair) for pair in zip(resumed, expected[19:], strict=True))
+    assert resumed.stream.counts == [*UNEVEN, 5, 3]
 
 
 def test_an_epoch_of_a_mixture_is_as_long_as_one_says(shards, tmp_path):
     assert len(mixture(shards, other(tmp_path), samples_per_epoch=30)) == 10
+
+
+def test_an_epoch_of_a_mixture_with_buckets_is_counted_in_samples(tmp_path):
+    first = of_many_shapes(tmp_path / "first", with_sizes=True)
+    buckets = Buckets(area=8, multiple=4, max_ratio=4)
+    loader = mixture(first, other(tmp_path / "more"), buckets=buckets, samples_per_epoch=30)
+    assert len(list(loader)) == len(loader) == 10
+
+
+def test_mixtures_and_buckets_are_for_training(shards, tmp_path):
+    with pytest.raises(ValueError, match="a mixture is for training"):
+        mixture(shards, other(tmp_path), shuffle=False)
+    with pytest.raises(ValueError, match="buckets are for training"):
+        len(ShardLoader(stream(shards, shuffle=False, buckets=Buckets(area=8, multiple=4))))
 
 
 def test_urls_or_a_mixture_but_not_both_nor_neither(shards):
@@ -254,6 +328,24 @@ def test_buckets_are_taken_up_exactly_and_by_other_ranks(tmp_path, world):
     assert all(same(rest[number], straight[number]) for number in range(4, 12))
 
 
+def test_buckets_too_are_decoded_once_where_they_are_kept(tmp_path, monkeypatch):
+    decoded, read = [], ImageTransform.read
+
+    def counted(self: ImageTransform, *arguments):
+        decoded.append(1)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(ImageTransform, "read", counted)
+    buckets = Buckets(area=8, multiple=4, max_ratio=4)
+    folder = of_many_shapes(tmp_path, with_sizes=True)
+    loader = ShardLoader(stream(folder, buckets=buckets, cache=True))
+    assert sum(len(keys(loader)) for _ in range(3)) == 3 * 36
+    assert len(decoded) <= 40
+
+
+FIRSTS = ["k0000", "k0013", "k0020", "k0030"]  # of the shards
+
+
 def captioned(folder: Path, shards: Path) -> Path:
     """Caption shards: two captions by name for each key but the first of each shard."""
     for path in sorted(shards.glob("*.tar")):
@@ -283,17 +375,23 @@ def test_captions_of_parallel_shards_are_drawn_by_weight(shards, tmp_path):
     assert abs(drawn["long"] / total - 0.5) < 0.07 and abs(drawn["s"] / total - 0.25) < 0.06
 
 
+def test_each_set_of_a_mixture_has_the_captions_that_were_given_for_it(shards, tmp_path):
+    told = ShardSet(shards / "s*.tar", captions=captioned(tmp_path / "captions", shards))
+    parts = {"plain": Part(ShardSet(other(tmp_path / "more") / "t*.tar")), "told": Part(told)}
+    settings = {"transform": ImageTransform(8), "batch_size": 3, "seed": 7, "shuffle": True}
+    loader = ShardLoader(ShardStream(mixture=parts, caption_weights={"long": 1}, **settings))
+    words = {k: c for b in loader for k, c in zip(b["key"], b["caption"], strict=True)}
+    assert {caption for key, caption in words.items() if caption.startswith("long")} == {
+        f"long {int(key[1:])}" for key in words if key < "k1000" and key not in FIRSTS
+    }
+
+
 def test_a_sample_keeps_its_own_words_where_no_caption_was_made(shards, tmp_path):
     data = ShardSet(shards / "s*.tar", captions=captioned(tmp_path, shards))
     settings = {"transform": ImageTransform(8), "batch_size": 3, "seed": 7, "shuffle": False}
     loader = ShardLoader(ShardStream(data, **settings))
     words = {k: c for b in loader for k, c in zip(b["key"], b["caption"], strict=True)}
-    assert [key for key, caption in words.items() if caption.startswith("picture")] == [
-        "k0000",
-        "k0013",
-        "k0020",
-        "k0030",
-    ]
+    assert [key for key, caption in words.items() if caption.startswith("picture")] == FIRSTS
 
 
 def tokens(folder: Path) -> Path:
@@ -374,3 +472,23 @@ def test_a_store_that_is_gone_ends_the_run(shards, tmp_path):
         data = remote(server, tmp_path)
     with pytest.raises(DataError, match="not one of 3 samples"):
         list(ShardLoader(stream(data)))
+
+
+def test_weights_of_captions_that_nobody_wrote_are_refused(shards, tmp_path):
+    data = ShardSet(shards / "s*.tar", captions=captioned(tmp_path, shards))
+    with pytest.raises(ValueError, match=r"\['lnog'\]; there is \['long', 'own', 'short'\]"):
+        stream(data, caption_weights={"lnog": 1})
+
+
+def test_a_run_begun_by_many_ranks_keeps_every_lane_s_shard_open(tmp_path, monkeypatch):
+    folder = build(tmp_path, sizes=(6,) * 24)
+    opened = []
+    monkeypatch.setattr(
+        "dcar.data.shard_set.ShardIndex", lambda path: opened.append(path) or ShardIndex(path)
+    )
+    many = ShardLoader(stream(folder, rank=0, world=24, batch_size=1))
+    next(iter(many))
+    alone = ShardLoader(stream(folder))
+    alone.load_state_dict(many.state_dict())
+    assert len(list(alone)) == 40
+    assert len(opened) < 24 * 4

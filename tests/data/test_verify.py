@@ -13,7 +13,7 @@ from PIL import Image
 from dcar.data.members import DataError
 from dcar.data.shard_check import ShardCheck
 from dcar.data.shards import read_manifest, write_manifest, write_shards
-from dcar.data.verify import over_processes, quiet, shard_urls, split_of, splits_of, verify
+from dcar.data.verify import over_processes, quiet, shard_urls, splits_of, verify
 
 
 def picture(size: tuple[int, int] = (8, 8)) -> bytes:
@@ -175,11 +175,25 @@ def test_shards_are_the_tars_of_the_folder_itself(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "split"),
-    [("train-000012.tar", "train"), ("in-1k-val-07.tar", "in-1k-val"), ("7.tar", "all")],
+    "spelling", ["./set", "set/", ".//set", "../{here}/set", "{place}//set", "file://{place}/set"]
 )
-def test_the_split_is_in_the_name(name: str, split: str) -> None:
-    assert split_of(name) == split
+def test_a_folder_is_found_whatever_its_spelling(
+    folder: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    spelled = spelling.format(here=folder.parent.name, place=folder.parent)
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    assert [Path(url).name for url in shard_urls(spelled)] == names
+    assert list(splits_of(spelled)) == names
+    report = verify(spelled, processes=1)
+    assert (len(report.checks), report.altered) == (4, [])
+
+
+def test_the_folder_that_one_is_in_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert verify(".", processes=1).altered == [] and len(shard_urls("./")) == 4
 
 
 def test_the_manifest_knows_splits_better_than_names(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override: str, message:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_shards_of_one_s_own_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="^train_urls must be given: add train_urls=VALUE$"):
+        load_config("smoke/pretrain_256", ["data=shards", "val_urls=x"])
+
+
 @pytest.mark.parametrize("devices", ["8", "[0,1]", "auto"])
 def test_devices_are_a_number_a_list_or_auto(devices: str) -> None:
     config = load_config("generator/pretrain_256", [f"trainer.devices={devices}"])

@@ -103,6 +103,31 @@ def test_other_settings_need_another_folder(
     assert shard_bytes(toys / "straight") == straight
 
 
+def test_other_pictures_under_the_same_names_are_not_taken_for_done(
+    toys: Path, straight: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_pictures(tmp_path / "other", UNEVEN[::-1], split="train")
+    assert main(command(toys, toys / "straight", f"in={other}/*.tar")) == 2
+    error = capsys.readouterr().err
+    assert "straight/train-0-000000.tar was made from another shard of this name than" in error
+    assert f"{other}/train-0-000000.tar" in error and "samples: 3 here, 5 there" in error
+    assert shard_bytes(toys / "straight") == straight
+
+
+def test_without_a_manifest_of_the_input_a_run_goes_on_all_the_same(
+    toys: Path, tmp_path: Path
+) -> None:
+    """And comes to the same bytes, as long as no input shard is touched."""
+    pictures = write_pictures(tmp_path / "pictures", (2, 2))
+    (pictures / "manifest.json").unlink()
+    source = f"in={pictures}/*.tar"
+    assert main(command(toys, tmp_path / "out", source)) == 0
+    whole = shard_bytes(tmp_path / "out")
+    (tmp_path / "out" / ".progress" / "train-1-000000.tar.json").unlink()
+    assert main(command(toys, tmp_path / "out", source)) == 0
+    assert shard_bytes(tmp_path / "out") == whole
+
+
 def test_too_many_bad_samples_give_the_exit_code_of_data(
     toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def test_tokenizer_run_shows_grid_histogram_config_and_grouped_scalars(tmp_path:
         CodebookHistogram(),
         ConfigText(text="seed: 0"),
         Throughput(every_steps=1, warmup=1),
+        SkippedSamples(every_steps=1),  # of a loader that counts none
     ]
     shown = board(toy_stage(2, adversarial=True), callbacks, tmp_path)
     grid = shown.Images("val/reconstruction")[-1]
@@ -68,11 +69,13 @@ def test_samples_that_could_not_be_used_are_counted_by_reason(tmp_path: Path) ->
     folder = build(tmp_path / "shards", bad={"k0005": {"png": b"no"}, "k0020": {"txt": b""}})
     loader = ShardLoader(stream(folder, transform=ImageTransform(32), batch_size=4, max_bad=1.0))
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    callbacks = [SkippedSamples(every_steps=1)]
+    callbacks = [SkippedSamples(every_steps=4)]
     trainer = toy_trainer(9, callbacks=callbacks, logger=logger, log_every_n_steps=1)
     trainer.fit(toy_stage(1), loader)
     logger.finalize("success")
     shown = EventAccumulator(str(tmp_path)).Reload()
+    told = [event.value for event in shown.Scalars("data/skipped")]
+    assert told == sorted(told) and len(set(told[:4])) == len(set(told[4:8])) == 1  # two looks
     last = {tag: shown.Scalars(tag)[-1].value for tag in shown.Tags()["scalars"]}
     assert last["data/skipped"] == 2
     assert last["data/skipped_broken_image"] == last["data/skipped_no_caption"] == 1

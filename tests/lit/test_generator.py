@@ -1,5 +1,6 @@
 """MaskedARGenerator: what moves, what is saved, tokens made once, exact resume, resolutions."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -218,6 +219,22 @@ def test_tokens_that_only_validate_are_checked_too(shards: Path) -> None:
     next(module.tokenizer.module.encoder.parameters()).data += 1
     with pytest.raises(CheckpointError, match="toy.ckpt"):
         toy_trainer(1).fit(module, datamodule=data(shards / "pictures", shards / "tokens"))
+
+
+@pytest.mark.parametrize("unknown", ["train", "val"])
+def test_tokens_without_a_manifest_are_refused(
+    shards: Path, tmp_path: Path, unknown: str
+) -> None:
+    """Of which a stopped precompute leaves some; nothing tells what made them."""
+    copy = tmp_path / "unfinished"
+    shutil.copytree(shards / "tokens", copy)
+    (copy / "manifest.json").unlink()
+    train, val = (copy if unknown == split else shards / "tokens" for split in ("train", "val"))
+    trainer = toy_trainer(2, limit_val_batches=1.0, val_check_interval=1)
+    match = f"set '{unknown}' is of token shards without a manifest: finish --exp=data/precompute"
+    with pytest.raises(CheckpointError, match=match):
+        trainer.fit(toy_masked_generator(), datamodule=data(train, val))
+    assert trainer.global_step == (unknown == "val")
 
 
 def test_tokens_of_another_resolution_are_refused(shards: Path) -> None:

@@ -29,7 +29,7 @@ def step_of(folder: Path) -> int:
 
 
 def test_it_saves_at_intervals_and_at_the_last_step(tmp_path: Path) -> None:
-    seen = []
+    seen, previous = [], signal.getsignal(signal.SIGINT)
 
     class Watch(LastCheckpoint):
         def _save(self, trainer) -> None:
@@ -40,6 +40,56 @@ def test_it_saves_at_intervals_and_at_the_last_step(tmp_path: Path) -> None:
         toy_stage(1), datamodule=ToyData()
     )
     assert seen == [2, 4, 5] and step_of(tmp_path) == 5
+    assert signal.getsignal(signal.SIGINT) is previous
+
+
+class Saved(Callback):
+    """Remembers the step of each checkpoint."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save_checkpoint(self, trainer, *args, **kwargs) -> None:
+        self.steps.append(trainer.global_step)
+
+
+def test_no_step_is_saved_twice(tmp_path: Path) -> None:
+    saved = Saved()
+    callbacks = [LastCheckpoint(folder=tmp_path, every_steps=1), Signal(signal.SIGINT, 1), saved]
+    with pytest.raises(Interrupted):
+        toy_trainer(9, callbacks=callbacks).fit(toy_stage(1), datamodule=ToyData())
+    assert saved.steps == [1, 2]
+
+
+class SignalInValidation(Callback):
+    """Sends this process a signal in the middle of a validation."""
+
+    def on_validation_batch_start(self, *args, **kwargs) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_ends_the_run_after_the_validation_that_is_running(tmp_path: Path) -> None:
+    callbacks = [LastCheckpoint(folder=tmp_path, every_steps=100), SignalInValidation()]
+    validating = {"val_check_interval": 2, "limit_val_batches": 1}
+    with pytest.raises(Interrupted):
+        toy_trainer(9, callbacks=callbacks, **validating).fit(toy_stage(1), datamodule=ToyData())
+    assert step_of(tmp_path) == 2
+
+
+class Fault(Callback):
+    """Breaks in the middle of a step."""
+
+    def on_before_optimizer_step(self, *args) -> None:
+        raise ArithmeticError("not a number")
+
+
+def test_what_no_checkpoint_would_be_sound_after_leaves_none(tmp_path: Path) -> None:
+    previous = signal.getsignal(signal.SIGINT)
+    callbacks = [LastCheckpoint(folder=tmp_path, every_steps=100), Fault()]
+    with pytest.raises(ArithmeticError):
+        toy_trainer(9, callbacks=callbacks).fit(toy_stage(1), datamodule=ToyData())
+    assert not (tmp_path / "last.ckpt").exists()
+    assert signal.getsignal(signal.SIGINT) is previous
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

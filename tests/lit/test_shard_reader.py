@@ -1,6 +1,9 @@
 """Whole shards to readers: batches, shards and samples that go wrong, workers, ranks."""
 
+import json
+import os
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from dcar.data.cache import ShardCache
 from dcar.data.members import BadSample, DataError, Raw
-from dcar.data.shards import write_shards
-from dcar.lit.shard_reader import ShardReader, collate, find_sources
+from dcar.data.shards import read_manifest, write_shards
+from dcar.data.storage import read_bytes
+from dcar.lit.shard_reader import ShardReader, Source, collate, find_sources
 from tests.prediction_toys import UNEVEN, row, write_pictures
 
 KEYS = [f"toys/{number:03d}" for number in range(sum(UNEVEN))]
@@ -113,6 +117,39 @@ def test_a_split_is_the_manifest_s_or_the_name_without_its_number(tmp_path: Path
     ]
     (tmp_path / "manifest.json").unlink()
     assert [(s.split, s.entry) for s in find_sources(tmp_path / "*.tar")] == [("val-0", None)]
+
+
+def test_a_foreign_manifest_may_leave_splits_to_the_names(tmp_path: Path) -> None:
+    write_pictures(tmp_path, (2,))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["shards"][0]["split"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (source,) = find_sources(tmp_path / "*.tar")
+    assert source.split == "train-0" and source.entry is not None
+
+
+def test_a_shard_is_known_by_its_entry_or_by_when_it_was_changed(tmp_path: Path) -> None:
+    path = next(write_pictures(tmp_path, (2,)).glob("*.tar"))
+    (listed,) = find_sources(path)
+    assert listed.identity() == asdict(read_manifest(tmp_path)[path.name])
+    (tmp_path / "manifest.json").unlink()
+    (bare,) = find_sources(path)
+    before = bare.identity()
+    assert before["bytes"] == path.stat().st_size and bare.identity() == before
+    os.utime(path, ns=(0, 1))
+    assert bare.identity() == before | {"mtime_ns": 1}
+
+
+def test_a_remote_shard_without_an_entry_is_known_by_its_url_and_size() -> None:
+    url = "memory://shard-reader/train-0.tar"
+    write_shards([row(1)], "memory://shard-reader", "train", 1)
+    source = Source(url.replace("-0", "-000000"), "train", None)
+    size = len(read_bytes(source.url))
+    assert source.identity() == {"url": source.url, "bytes": size}
+
+
+def test_a_signature_is_no_part_of_what_a_shard_is_known_by(serve_files, tmp_path: Path) -> None:
+    PLACEHOLDER
 
 
 def test_a_batch_of_nothing_still_has_keys() -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dcar.data.members import DataError
 from dcar.data.shards import ShardEntry, read_facts, read_manifest
 from dcar.data.storage import read_bytes
 from dcar.lit.last_checkpoint import Interrupted
+from dcar.lit.shard_reader import Source
 from dcar.lit.shard_writer import (
     SAMPLES_BEFORE_JUDGING,
     Progress,
@@ -61,9 +62,18 @@ def batch(shard: str, *keys: str, last: bool = False, **bad: int) -> Batch:
     return {"shard": f"{shard}.tar", "key": list(keys), "last": last, "bad": bad, "tried": tried}
 
 
-def progress(folder: Path | str, settings: dict[str, Any] | None = None) -> Progress:
-    splits = {f"{name}.tar": "val" if name == "b" else "train" for name in "abcd"}
-    return Progress(str(folder), settings or SETTINGS, source="emoji", splits=splits)
+def source(name: str, sha256: str = "0") -> Source:
+    split = "val" if name == "b" else "train"
+    return Source(f"in/emoji/{name}.tar", split, ShardEntry(f"{name}.tar", 3, 512, sha256))
+
+
+def progress(
+    folder: Path | str,
+    settings: dict[str, Any] | None = None,
+    *,
+    sources: Sequence[Source] = tuple(map(source, "abcd")),
+) -> Progress:
+    return Progress(str(folder), settings or SETTINGS, sources=sources)
 
 
 def predict(folder: Path | str, *batches: Batch, max_bad: float = 1.0) -> None:
@@ -163,6 +173,36 @@ def test_a_folder_with_shards_of_other_settings_is_refused_with_what_differs(
         progress(tmp_path, other).finished()
 
 
+def test_a_shard_of_another_input_is_refused_with_what_differs(tmp_path: Path) -> None:
+    predict(tmp_path, batch("a", "1", last=True), batch("b", "2", last=True))
+    match = r"/b\.tar was made from another .* in/emoji/b\.tar: .*\(sha256: '9' here, '0' there\)"
+    with pytest.raises(ValueError, match=match):
+        progress(tmp_path, sources=[source("a"), source("b", "9")]).finished()
+    (tmp_path / "b.tar").unlink()  # as the error says
+    assert progress(tmp_path, sources=[source("a"), source("b", "9")]).finished() == {"a.tar"}
+
+
+def test_shards_of_an_earlier_input_may_lie_beside_those_of_this_one(tmp_path: Path) -> None:
+    predict(tmp_path, batch("a", "1", last=True))
+    assert progress(tmp_path, sources=[source("c")]).finished() == {"a.tar"}
+
+
+def test_an_input_that_changes_while_it_is_read_is_not_taken_for_the_new_one(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "in" / "a.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    ours = progress(tmp_path / "out", sources=[Source(str(path), "train", None)])
+    writer = ShardPredictionWriter(ours, max_bad=1.0)
+    shard = writer._shard("a.tar")
+    path.write_bytes(b"newer")
+    shard.stack.close()
+    ours.add(shard.writer.entry, Counter(), 0, made_from=shard.made_from)
+    with pytest.raises(ValueError, match="bytes: 5 here, 3 there"):
+        ours.finished()
+
+
 def test_what_a_killed_run_left_of_a_shard_goes_when_it_is_finished(tmp_path: Path) -> None:
     (tmp_path / ".progress").mkdir()
     for name in (".a.tar.77.partial", ".b.tar.77.partial", ".progress/.a.tar.json.77.partial"):
@@ -186,7 +226,9 @@ def test_differences_are_named_to_the_last_key() -> None:
 
 def test_a_record_holds_what_the_manifest_needs(tmp_path: Path) -> None:
     entry = ShardEntry("b.tar", 3, 1024, "ab")
-    progress(tmp_path).add(entry, Counter(broken=1), 4)
+    identity = source("b").identity()
+    progress(tmp_path).add(entry, Counter(broken=1), 4, made_from=identity)
     record = json.loads((tmp_path / ".progress" / "b.tar.json").read_text())
     assert record["shard"] == {"name": "b.tar", "samples": 3, "bytes": 1024, "sha256": "ab"}
+    assert record["input"] == identity
     assert (record["split"], record["dropped"], record["tried"]) == ("val", {"broken": 1}, 4)
