@@ -20,6 +20,7 @@ from dcar.data.build import build as build_shards
 from dcar.data.build_unit import BuildTask, UnitReader, make_sample, unit_name
 from dcar.data.distributors import Distributor, Processes, RayCluster
 from dcar.data.filters import Filters
+from dcar.data.members import DataError
 from dcar.data.sources.source import Record, Source, Unit
 from dcar.data.storage import is_remote
 from experiments.build_progress import ProgressLine, reasons_text, size_text, tally_text
@@ -70,6 +71,8 @@ def make_task(config: DictConfig) -> BuildTask:
         value = config[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise ConfigError(f"{key}={value}: expected a number")
+    if not isinstance(config.skip_broken, bool):
+        raise ConfigError(f"skip_broken={config.skip_broken}: expected true or false")
     source = config.source._target_.split(".")[-2].removesuffix("_shards")  # by its module
     prefix = source if config.prefix is None else str(config.prefix)
     if not prefix.replace("-", "").replace("_", "").isalnum():
@@ -105,6 +108,7 @@ def build(config: DictConfig, options: RunOptions) -> Report | None:
                     distributor=distributor,
                     progress=progress,
                     near_duplicates=config.near_duplicates,
+                    skip_broken=config.skip_broken,
                 )
         finally:
             progress.close()
@@ -188,7 +192,10 @@ def estimate(task: BuildTask) -> None:
         units = task.source.units(task.samples_per_shard)
         for split in dict.fromkeys(unit.split for unit in units):
             rank_zero_info(units_text(task.prefix, [u for u in units if u.split == split]))
-        looked = look(task, units[0])
+        looks = (look(task, unit) for unit in units)
+        looked = next((each for each in looks if each.records), None)
+    if looked is None:
+        raise DataError(f"the source holds nothing to build from: {len(units)} units, no picture")
     each, seconds = looked.bytes / looked.records, looked.seconds / looked.records
     rank_zero_info(
         f"of the first {looked.records} pictures {looked.kept} are kept (left out: "

@@ -1,5 +1,6 @@
 """What data/precompute and data/caption share: shards in, shards out, on any number of devices."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -8,7 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.data.loader import death_of_worker
-from dcar.lit.shard_reader import Decode, ShardReading, find_sources
+from dcar.data.storage import is_remote, join, local_path, parent
+from dcar.lit.shard_reader import Decode, ShardReading, Source, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
 from experiments.run import RunOptions
 from experiments.strategy import device_count
@@ -32,6 +34,16 @@ def build_trainer(config: DictConfig, **options: Any) -> Trainer:
     return Trainer(**settings, **options)
 
 
+def check_out(out: str, sources: Sequence[Source]) -> None:
+    """Raises ValueError where `out` is a folder of the input: its shards would be replaced."""
+    for folder in {parent(source.url) for source in sources}:
+        same = parent(join(out, "x")) == folder
+        if not (is_remote(out) or is_remote(folder)):
+            same = local_path(out).resolve() == local_path(folder).resolve()
+        if same:
+            raise ValueError(f"out={out} holds the input, whose shards would be replaced")
+
+
 def predict_shards(
     config: DictConfig,
     options: RunOptions,
@@ -48,6 +60,7 @@ def predict_shards(
     the reader and writer do.
     """
     sources = find_sources(cast(dict[str, Any], OmegaConf.to_container(config))["in"])
+    check_out(config.out, sources)
     progress = Progress(config.out, settings, sources=sources)
     data = ShardReading(
         sources,

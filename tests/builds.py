@@ -109,6 +109,7 @@ def built(
     *,
     distributor: Distributor | None = None,
     near_duplicates: int | None = None,
+    skip_broken: bool = False,
     progress: Silent | None = None,
     **changes: Any,
 ) -> Report:
@@ -118,6 +119,7 @@ def built(
         distributor=distributor or OneProcess(),
         progress=progress or Silent(),
         near_duplicates=near_duplicates,
+        skip_broken=skip_broken,
     )
 
 

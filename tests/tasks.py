@@ -1,12 +1,14 @@
 """Tasks that tests give to other processes, which find them by the name of this module."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from dcar.data import distributors
 from dcar.data.distributors import Outcome, advance
 
 
@@ -36,3 +38,9 @@ def write_then_sleep(folder: str, number: int) -> Outcome:
     (Path(folder) / str(os.getpid())).write_text(str(number))
     time.sleep(600)
     return Outcome("awake")
+
+
+def die_while_counting(name: str) -> Outcome:
+    distributors._counts.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+    return Outcome(name)

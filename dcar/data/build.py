@@ -5,6 +5,7 @@ then lies in `.build` inside the folder; when it is gone, the build is finished.
 """
 
 import importlib.metadata
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -29,9 +30,11 @@ from dcar.data.filters import DUPLICATE_KEY, NEAR_DUPLICATE
 from dcar.data.members import DataError
 from dcar.data.shards import ShardEntry, write_manifest
 from dcar.data.sources.source import Unit
-from dcar.data.storage import join
+from dcar.data.storage import exists, join
 
+log = logging.getLogger(__name__)
 NAMED_FAILURES = 20
+LOST = "lost with its archive"
 Without = dict[int, str]  # position of a record in its unit -> why it is left out
 
 
@@ -105,11 +108,14 @@ def build(
     distributor: Distributor,
     progress: Progress,
     near_duplicates: int | None = None,
+    skip_broken: bool = False,
 ) -> Report:
     """Build the folder `task.out`, or go on with it, or find it finished.
 
     described: name and settings of the source, plain values. near_duplicates: leave out pictures
     whose hash is within so many bits of an earlier one's of the split; the input is read twice.
+    skip_broken: leave out the whole of a unit that cannot be read to its end, counted under LOST;
+    a build that failed may go on with it.
     Raises ValueError where the folder holds other files or a build with other settings, DataError
     naming the units that failed, after the others were finished, and what the source raises.
     """
@@ -128,7 +134,7 @@ def build(
         splits = folder.finished_facts()["splits"]
         return Report({split: Tally(**tally) for split, tally in splits.items()}, found=True)
     with folder.locked():
-        return _Build(task, folder, distributor, progress, near_duplicates).run()
+        return _Build(task, folder, distributor, progress, near_duplicates, skip_broken).run()
 
 
 @dataclass
@@ -140,6 +146,7 @@ class _Build:
     distributor: Distributor
     progress: Progress
     near_duplicates: int | None
+    skip_broken: bool
 
     def run(self) -> Report:
         self.folder.open()
@@ -152,6 +159,7 @@ class _Build:
             self._each("Building", build_unit, todo)
             if self.near_duplicates is None:  # otherwise the scans have told
                 self._rebuild_repeated(units)
+            self.folder.remove_unknown(units)
         finally:
             self.folder.sweep_partials()
         return self._finish(units)
@@ -170,8 +178,22 @@ class _Build:
                 self.progress.finished(outcome)
                 if outcome.error is not None:
                     failed.append(outcome)
+        if self.skip_broken:
+            units = {unit_name(unit): unit for unit, *_ in arguments}
+            for outcome in (each for each in failed if each.broken):
+                self._lose(units[outcome.name], outcome)
+            failed = [outcome for outcome in failed if not outcome.broken]
         if failed:
             raise DataError(_failures(failed, len(items)))
+
+    def _lose(self, unit: Unit, outcome: Outcome) -> None:
+        """Goes on without a unit. Its length may be unknown: what was read of it is counted."""
+        log.warning("%s is left out: %s", outcome.name, outcome.error)
+        part = Part(dropped={LOST: unit.samples or max(outcome.images, 1)})
+        part.save(part_url(self.task.work, unit))
+        scan = scan_url(self.task.work, unit)
+        if self.near_duplicates is not None and not exists(scan):
+            part.save(scan)
 
     def _scan(self, units: Sequence[Unit]) -> dict[str, Without]:
         """What the pictures' hashes say is to be left out of each unit; nothing without them."""
@@ -227,9 +249,11 @@ def _failures(failed: Sequence[Outcome], units: int) -> str:
     failed = sorted(failed, key=lambda outcome: outcome.name)
     named = [f"{outcome.name}: {outcome.error}" for outcome in failed[:NAMED_FAILURES]]
     more = [f"and {len(failed) - len(named)} more"] if len(failed) > len(named) else []
+    broken = any(outcome.broken for outcome in failed)
+    without = " (with skip_broken=true it goes on without those that are broken)" if broken else ""
     return (
         f"{len(failed)} of {units} units failed; the others are finished, and the same command "
-        f"tries these again: {'; '.join([*named, *more])}"
+        f"tries these again{without}: {'; '.join([*named, *more])}"
     )
 
 

@@ -155,20 +155,24 @@ class BuildFolder:
         return [unit for unit in units if scan_url(WORK, unit) not in names]
 
     def unbuilt(self, units: Sequence[Unit]) -> list[Unit]:
-        """Units without a part or its shards; shards that no part speaks of are removed."""
+        """Units without a part or its shards."""
         names = set(self.names())
-        known: set[str] = set()
-        todo: list[Unit] = []
-        for unit in units:
-            shards = self._shards(unit) if part_url(WORK, unit) in names else None
-            if shards is None or not shards <= names:
-                todo.append(unit)
-            else:
-                known |= shards
-        for name in names - known:
-            if name.startswith(f"{self.prefix}-") and name.endswith(".tar"):
+
+        def is_built(unit: Unit) -> bool:
+            return part_url(WORK, unit) in names and self._shards(unit) <= names
+
+        return [unit for unit in units if not is_built(unit)]
+
+    def remove_unknown(self, units: Sequence[Unit]) -> None:
+        """Removes shards that no part speaks of: a unit that failed or was built again left them.
+
+        units: all of the build, each with its part.
+        """
+        known = {name for unit in units for name in self._shards(unit)}
+        for name in self.names():
+            is_shard = name.startswith(f"{self.prefix}-") and name.endswith(".tar")
+            if is_shard and name not in known:
                 remove(join(self.out, name))
-        return todo
 
     def _shards(self, unit: Unit) -> set[str]:
         return {shard.name for shard in Part.load(part_url(self.work, unit)).shards}

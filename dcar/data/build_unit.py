@@ -6,6 +6,7 @@ with near-duplicates, `scans/<split>-<number>.json` comes first.
 
 import hashlib
 import json
+import traceback
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from dcar.data.filters import DUPLICATE_KEY, Filters, Picture
 from dcar.data.members import BadSample, DataError, check_key
 from dcar.data.shards import ShardEntry, ShardWriter
 from dcar.data.sources.source import Record, Source, Unit
-from dcar.data.storage import join, read_bytes, write_atomically
+from dcar.data.storage import join, name_of, read_bytes, write_atomically
 
 HASHED_EDGE = 32  # pixels; all that the hash looks at
 BAD_KEY = "bad key"
@@ -31,8 +32,8 @@ T = TypeVar("T")
 class BuildTask:
     """What a worker needs besides the unit; plain data, as it travels to other machines.
 
-    out: folder of the shards. prefix: of their names. A unit of unknown length is cut into shards
-    of `samples_per_shard` or, if that comes first, about `max_shard_bytes`.
+    out: folder of the shards. prefix: of their names. Units are cut into shards of about
+    `max_shard_bytes`, those of unknown length also into shards of `samples_per_shard`.
     """
 
     source: Source
@@ -117,17 +118,21 @@ def count(counts: dict[str, int], reason: str, times: int = 1) -> None:
 
 
 class UnitReader:
-    """The records of a unit that are kept, and the count of those that are not."""
+    """The records of a unit that are kept, and the count of those that are not.
+
+    broken: the source could not read the unit to its end.
+    """
 
     def __init__(self, task: BuildTask, unit: Unit, without: Mapping[int, str]):
         self.task, self.unit, self.without = task, unit, without
         self.part = Part()
         self.images = self.bytes = 0
+        self.broken = False
 
     def kept(self, look: Callable[[bytes], T]) -> Iterator[tuple[Record, bytes | None, T]]:
         """(record, its words, what `look` makes of its picture); `look` raises BadSample."""
         seen: set[int] = set()
-        for position, record in enumerate(self.task.source.read(self.unit)):
+        for position, record in enumerate(self._records()):
             self.images, self.bytes = self.images + 1, self.bytes + len(record.image)
             advance(1, len(record.image))
             digest = key_digest(record.key)
@@ -146,17 +151,37 @@ class UnitReader:
             self.part.digests.append(digest)
             yield record, words, looked
 
+    def _records(self) -> Iterator[Record]:
+        try:
+            yield from self.task.source.read(self.unit)
+        except (FileNotFoundError, ImportError):
+            raise
+        except Exception:
+            self.broken = True
+            raise
+
     def _words(self, record: Record, without: str | None) -> bytes | None:
         if reason := record.dropped or without:
             raise BadSample(reason)
         try:
             check_key(record.key)
+            record.key.encode()
         except ValueError as error:
             raise BadSample(BAD_KEY) from error
         return self.task.filters.caption(record, required=self.task.source.captioned)
 
-    def outcome(self, error: str | None = None) -> Outcome:
-        return Outcome(unit_name(self.unit), self.images, self.bytes, error)
+    def outcome(self, error: Exception | None = None) -> Outcome:
+        told = None if error is None else _told(error)
+        return Outcome(unit_name(self.unit), self.images, self.bytes, told, self.broken)
+
+
+def _told(error: Exception) -> str:
+    """One line; with the place in the code for what no source announces."""
+    name = type(error).__name__
+    if isinstance(error, DataError | OSError):
+        return str(error) or name
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{name}: {error} ({name_of(place.filename)}, line {place.lineno})"
 
 
 class _Shards:
@@ -186,14 +211,14 @@ class _Shards:
         self.part.sizes[-1].extend(size)
 
     def _is_full(self, writer: ShardWriter) -> bool:
-        task = self.task
-        streamed = self.unit.samples is None
-        return streamed and (
-            writer.samples >= task.samples_per_shard or writer.size >= task.max_shard_bytes
-        )
+        if writer.size >= self.task.max_shard_bytes:
+            return True
+        return self.unit.samples is None and writer.samples >= self.task.samples_per_shard
 
     def _name(self) -> str:
-        number = f"-{len(self.part.shards):03d}" if self.unit.samples is None else ""
+        """A unit of known length is one shard as a rule, and only further ones are numbered."""
+        count = len(self.part.shards)
+        number = f"-{count:03d}" if count or self.unit.samples is None else ""
         return f"{self.task.prefix}-{unit_name(self.unit)}{number}.tar"
 
 
@@ -204,7 +229,8 @@ def make_sample(record: Record, words: bytes | None, picture: Picture) -> dict[s
     sample: dict[str, bytes | str] = {"__key__": record.key, picture.kind: picture.data}
     if words is not None:
         sample["txt"] = words
-    sample["json"] = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+    sample["json"] = text.encode(errors="replace")  # a path or URL may be no UTF-8
     if record.label is not None:
         sample["cls"] = str(record.label).encode()
     return sample
@@ -219,8 +245,10 @@ def build_unit(task: BuildTask, unit: Unit, without: Mapping[int, str]) -> Outco
                 size = (picture.width, picture.height)
                 shards.write(make_sample(record, words, picture), size)
         reader.part.save(part_url(task.work, unit))
-    except (DataError, OSError) as error:
-        return reader.outcome(str(error) or type(error).__name__)
+    except ImportError:  # fails every unit alike
+        raise
+    except Exception as error:  # of one unit, which must not end the others
+        return reader.outcome(error)
     return reader.outcome()
 
 
@@ -237,6 +265,8 @@ def scan_unit(task: BuildTask, unit: Unit) -> Outcome:
         for _, _, picture_hash in reader.kept(look):
             reader.part.hashes.append(picture_hash)
         reader.part.save(scan_url(task.work, unit))
-    except (DataError, OSError) as error:
-        return reader.outcome(str(error) or type(error).__name__)
+    except ImportError:
+        raise
+    except Exception as error:
+        return reader.outcome(error)
     return reader.outcome()

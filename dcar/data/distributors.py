@@ -25,12 +25,16 @@ RAY_RETRIES = 4  # of a task whose node or process died
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task did. images, bytes: read by it. error: why it failed, naming the file."""
+    """What a task did. images, bytes: read by it. error: why it failed, naming the file.
+
+    broken: it failed because its input is broken, and not while it wrote.
+    """
 
     name: str
     images: int = 0
     bytes: int = 0
     error: str | None = None
+    broken: bool = False
 
 
 Task = Callable[..., Outcome]
@@ -106,6 +110,7 @@ class Processes:
         """Raises WorkerDied as soon as a process is killed, and what a task raises."""
         context = multiprocessing.get_context("spawn")
         counts = context.Array("q", 2)
+        seen: Any = counts.get_obj()  # without the lock, which a worker that dies may hold
         executor = ProcessPoolExecutor(
             self.workers, mp_context=context, initializer=_start_worker, initargs=(counts,)
         )
@@ -117,7 +122,7 @@ class Processes:
             workers = [each for each in multiprocessing.active_children() if each not in others]  # type: ignore[misc]
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                tick(counts[0], counts[1])
+                tick(seen[0], seen[1])
                 for future in done:
                     yield future.result()
         except BrokenProcessPool as error:
@@ -138,7 +143,7 @@ def _obituary(workers: Sequence[SpawnProcess]) -> str:
     how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
     return (
         f"process {pid} ended with {how} while it worked (out of memory?); fewer processes need "
-        "less memory, and the same command goes on from here"
+        "less memory"
     )
 
 

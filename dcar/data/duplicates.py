@@ -13,6 +13,7 @@ from PIL import Image
 BITS = 64
 MAX_DISTANCE = 8  # 165 sorts; unlike pictures begin to look alike beyond it
 _SHARED_BLOCKS = 3
+CROWD = 16
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -43,30 +44,49 @@ def find_duplicates(hashes: np.ndarray, *, distance: int) -> np.ndarray:
     order = np.argsort(firsts)  # unique hashes, by where each is first seen
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    near = _first_kept(len(unique), _near_pairs(unique[order], distance))
+    near = _dropped(unique[order], distance)
     duplicate = near[rank[inverse]]
     copies = np.ones(len(hashes), dtype=bool)
     copies[firsts] = False
     return duplicate | copies
 
 
-def _first_kept(count: int, pairs: np.ndarray) -> np.ndarray:
-    """Later members of `pairs` (m, 2) whose earlier member stays; pairs in order of the later."""
-    dropped = np.zeros(count, dtype=bool)
-    for earlier, later in pairs.tolist():
-        if not dropped[earlier]:
-            dropped[later] = True
+def _dropped(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """True for those of `hashes`, all different, that are near an earlier one that stays."""
+    pairs, crowds = _near_pairs(hashes, distance)
+    crowded: dict[int, list[np.ndarray]] = {}
+    for crowd in crowds:
+        for place in crowd.tolist():
+            crowded.setdefault(place, []).append(crowd)
+    places = np.unique(np.concatenate([pairs[:, 0], *crowds]))
+    begins, ends = (np.searchsorted(pairs[:, 0], places, side) for side in ("left", "right"))
+    dropped = np.zeros(len(hashes), dtype=bool)
+    for place, begin, end in zip(places.tolist(), begins.tolist(), ends.tolist(), strict=True):
+        if dropped[place]:
+            continue
+        dropped[pairs[begin:end, 1]] = True
+        for crowd in crowded.get(place, ()):
+            later = crowd[np.searchsorted(crowd, place) + 1 :]
+            dropped[later[np.bitwise_count(hashes[later] ^ hashes[place]) <= distance]] = True
     return dropped
 
 
-def _near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """(m, 2) places in `hashes`, all different, whose bits differ in 1 to `distance` places."""
-    found = [np.empty((0, 2), dtype=np.int64)]
+def _near_pairs(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Places in `hashes` whose bits differ in up to `distance` places, as (m, 2) sorted pairs.
+
+    Places of more than CROWD hashes that share three blocks come as they are, in order: of a
+    crowd, only those that stay are to be compared, as their pairs would be too many.
+    """
+    found, crowds = [np.empty((0, 2), dtype=np.int64)], []
     for key in _keys(hashes, distance + _SHARED_BLOCKS):
         order = np.argsort(key, kind="stable")
+        starts = np.flatnonzero(np.diff(key[order], prepend=~key[order[:1]]))
+        lengths = np.diff(starts, append=len(key))
+        for run in np.flatnonzero(lengths > CROWD).tolist():
+            crowds.append(order[starts[run] : starts[run] + lengths[run]].copy())
+        order = order[np.repeat(lengths <= CROWD, lengths)]
         found.extend(_near_neighbours(hashes[order], key[order], order, distance))
-    pairs = np.unique(np.concatenate(found), axis=0)
-    return pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+    return np.unique(np.concatenate(found), axis=0), crowds
 
 
 def _keys(hashes: np.ndarray, blocks: int) -> Iterator[np.ndarray]:

@@ -130,6 +130,25 @@ def exists(url: str | Path) -> bool:
     return with_retries(ask, url)
 
 
+def _local_files(root: Path) -> Iterator[str]:
+    """Links to folders are followed, but not those to a folder that they lie in."""
+
+    def identity(place: str) -> tuple[int, int]:
+        facts = os.stat(place)
+        return facts.st_dev, facts.st_ino
+
+    above = {str(root): {identity(str(root))}}  # folder -> it and those on the way to it
+    for place, folders, names in os.walk(root, followlinks=True):
+        yield from (os.path.join(place, name) for name in names)
+        passed = above.pop(place)
+        for name in list(folders):
+            folder = os.path.join(place, name)
+            if (own := identity(folder)) in passed:
+                folders.remove(name)
+            else:
+                above[folder] = passed | {own}
+
+
 def list_files(folder: str | Path) -> list[str]:
     """All files below a folder, sorted, as paths or URLs that begin as `folder` does.
 
@@ -140,8 +159,7 @@ def list_files(folder: str | Path) -> list[str]:
         root = local_path(folder)
         if not root.is_dir():
             raise FileNotFoundError(f"no folder at {root}")
-        tree = os.walk(root, followlinks=True)
-        return sorted(os.path.join(place, name) for place, _, names in tree for name in names)
+        return sorted(_local_files(root))
     if scheme_of(folder) in WEB:
         raise ValueError(f"{shown(folder)!r}: a web server cannot list its files")
     store, path = _store_of(folder)

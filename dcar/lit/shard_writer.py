@@ -227,9 +227,7 @@ class ShardPredictionWriter(Callback):
         shard = self.open[name]
         shard.stack.close()
         del self.open[name]
-        self.progress.add(
-            shard.writer.entry, shard.dropped, shard.tried, made_from=shard.made_from
-        )
+        self.progress.add(shard.writer.entry, shard.dropped, shard.tried, made_from=shard.made_from)
         self.finished += 1
         seconds = time.perf_counter() - self.begun
         left = seconds / self.finished * (of - self.finished)

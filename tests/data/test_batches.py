@@ -55,3 +55,12 @@ def test_ids_above_the_range_of_signed_numbers_survive():
 def test_tokens_that_do_not_fit_together_are_an_error(other):
     with pytest.raises(DataError, match="do not fit"):
         collate([token_sample("a"), other], [], ["x", "y"])
+
+
+def test_tokens_of_other_channels_or_other_text_are_an_error():
+    texts = [np.zeros((2, width), np.float16) for width in (1, 3)]
+    fewer = token_sample("b", residual=np.zeros((3, 2, 2), np.float16))
+    worded = [token_sample(key, text=text) for key, text in zip("ab", texts, strict=True)]
+    for samples in ([token_sample("a"), fewer], worded):
+        with pytest.raises(DataError, match="do not fit"):
+            collate(samples, [], ["x", "y"])

@@ -106,6 +106,18 @@ def test_a_key_in_two_units_is_kept_in_the_first_and_counted(tmp_path: Path) -> 
     assert samples_of(tmp_path)["k000"]["txt"] == b"words 0" and len(samples_of(tmp_path)) == 9
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_no_shard_is_left_of_what_repeats(streamed: bool, tmp_path: Path) -> None:
+    records = several(units=3)
+    records[1] = [record(10 + n, key=f"k{n:03d}") for n in range(3)]
+    records[2][1:] = [record(20 + n, key=f"k{n:03d}") for n in range(2)]
+    source = GivenSource(records, streamed=streamed)
+    report = built(source, tmp_path, samples_per_shard=2)
+    assert report.splits["train"].dropped == {"duplicate key": 5}
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == sorted(read_manifest(tmp_path))
+    assert list(samples_of(tmp_path)) == ["k000", "k001", "k002", "k006"]
+
+
 def test_the_same_key_in_two_splits_is_no_repetition(tmp_path: Path) -> None:
     @dataclass
     class TwoSplits(GivenSource):
@@ -164,6 +176,47 @@ def test_a_unit_that_fails_is_named_after_the_others_are_finished(tmp_path: Path
     assert built(source, tmp_path / "out", progress=progress) == whole
     assert progress.names[4:] == ["train-000001", "train-000003"]
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("near_duplicates", [None, 4])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_build_goes_on_without_all_of_a_broken_unit_where_it_may(
+    streamed: bool, near_duplicates: int | None, tmp_path: Path, caplog
+) -> None:
+    marker = tmp_path / "1.tgz"
+    marker.touch()
+    source = GivenSource(several(), streamed=streamed, broken={1: str(marker)})
+    changes = {"near_duplicates": near_duplicates, "samples_per_shard": 2}
+    with pytest.raises(DataError, match="with skip_broken=true it goes on"):
+        built(source, tmp_path / "out", **changes)
+    report = built(source, tmp_path / "out", skip_broken=True, **changes)
+    assert report.splits["train"].dropped == {"lost with its archive": 3}
+    assert report.splits["train"].samples == 9 and f"{marker}: breaks off" in caplog.text
+    stored = {path.name for path in (tmp_path / "out").glob("*.tar")}
+    assert stored == set(read_manifest(tmp_path / "out")) and len(samples_of(tmp_path / "out")) == 9
+    built(source, tmp_path / "at once", skip_broken=True, **changes)
+    assert all_bytes(tmp_path / "at once") == all_bytes(tmp_path / "out")
+
+
+def test_what_cannot_be_written_is_never_left_out(tmp_path: Path) -> None:
+    (tmp_path / "toy-train-000001.tar" / "a folder in its place").mkdir(parents=True)
+    with pytest.raises(DataError, match="1 of 4 units failed.*train-000001: .*directory"):
+        built(GivenSource(several()), tmp_path, skip_broken=True)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_other_units(tmp_path: Path) -> None:
+    @dataclass
+    class Surprising(GivenSource):
+        def read(self, unit: Unit) -> Iterator[Record]:
+            yield from super().read(unit)
+            if unit.number == 1:
+                raise ZeroDivisionError("of all things")
+
+    progress = Silent()
+    with pytest.raises(DataError, match="1 of 4 units .*train-000001: ZeroDivisionError: of all"):
+        built(Surprising(several()), tmp_path, progress=progress)
+    assert len(progress.names) == 4
 
 
 def test_nothing_is_left_out_of_sight_when_hashing_fails(tmp_path: Path) -> None:

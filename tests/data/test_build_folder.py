@@ -89,7 +89,7 @@ def test_an_input_that_changed_is_refused_and_a_folder_may_be_moved(tmp_path: Pa
     folder(tmp_path / "b").check_units(units(tmp_path / "b", 3))
 
 
-def test_only_units_with_a_part_and_its_shards_are_built_and_the_rest_is_swept(tmp_path) -> None:
+def test_only_units_with_a_part_and_its_shards_are_built_and_unknown_shards_go(tmp_path) -> None:
     here, units = folder(tmp_path), [Unit("train", n, None, n) for n in range(3)]
     here.open()
     names = {0: "toy-train-000000-000.tar", 1: "toy-train-000001-000.tar"}
@@ -98,9 +98,11 @@ def test_only_units_with_a_part_and_its_shards_are_built_and_the_rest_is_swept(t
         part.save(part_url(here.work, units[number]))
         (tmp_path / name).touch()
     (tmp_path / names[1]).unlink()
+    assert here.unbuilt(units) == units[1:]
     for name in ("toy-train-000000-001.tar", "toy-train-000002-000.tar", "other.tar"):
         (tmp_path / name).touch()
-    assert here.unbuilt(units) == units[1:]
+    Part().save(part_url(here.work, units[2]))
+    here.remove_unknown(units)
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["other.tar", names[0]]
 
 

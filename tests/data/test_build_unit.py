@@ -1,6 +1,8 @@
 """One unit: its shards, its part, what is left out and why."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from dcar.data.build_unit import (
     scan_url,
 )
 from dcar.data.filters import Filters, Picture
-from dcar.data.sources.source import Unit
+from dcar.data.sources.source import Record, Unit
 from tests.builds import GivenSource, picture, record, samples_of, task_of
 
 
@@ -53,9 +55,18 @@ def test_a_unit_of_unknown_length_is_cut_by_samples_and_bytes(limits, lengths, t
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == names
 
 
-def test_a_unit_of_known_length_is_never_cut(tmp_path: Path) -> None:
+def test_a_unit_of_known_length_is_cut_by_bytes_alone(tmp_path: Path) -> None:
     source = GivenSource([[record(n) for n in range(5)]])
-    assert len(run(source, tmp_path, samples_per_shard=2, max_shard_bytes=1).shards) == 1
+    assert len(run(source, tmp_path / "a", samples_per_shard=2).shards) == 1
+    more_than_one = len(record(0).image) + 4096
+    part = run(source, tmp_path / "b", max_shard_bytes=more_than_one)
+    names = ["toy-train-000000.tar", "toy-train-000000-001.tar", "toy-train-000000-002.tar"]
+    assert [(shard.name, shard.samples) for shard in part.shards] == [
+        (names[0], 2),
+        (names[1], 2),
+        (names[2], 1),
+    ]
+    assert len(samples_of(tmp_path / "b")) == 5 and [len(s) for s in part.sizes] == [4, 4, 2]
 
 
 def test_each_reason_is_counted_and_the_rest_is_written(tmp_path: Path) -> None:
@@ -69,13 +80,14 @@ def test_each_reason_is_counted_and_the_rest_is_written(tmp_path: Path) -> None:
         record(6, dropped="no annotation", image=b"", caption=None),
         record(7),
         record(8),
+        record(9, key="\ud83d"),
     ]
     part = run(GivenSource([records]), tmp_path, without={8: "near duplicate"})
     assert part.dropped == {
         "broken image": 1,
         "no caption": 1,
         "duplicate key": 1,
-        "bad key": 2,
+        "bad key": 3,
         "no annotation": 1,
         "near duplicate": 1,
     }
@@ -108,13 +120,54 @@ def test_members_come_in_a_fixed_order_and_json_says_where_it_is_from() -> None:
     assert json.loads(plain["json"])["id"] == "k001" and "txt" not in plain
 
 
+def test_facts_that_are_no_utf_8_are_written_with_a_mark_in_their_place() -> None:
+    source = record(1, facts={"url": "\ud83d", "path": "caf\udce9.jpg", "licence": "\u00e9"})
+    sample = make_sample(source, None, Picture(b"data", "jpg", 8, 6))
+    facts = json.loads(bytes(sample["json"]).decode())
+    assert (facts["url"], facts["path"], facts["licence"]) == ("?", "caf?.jpg", "\u00e9")
+
+
+class SurprisingSource(GivenSource):
+    def read(self, unit: Unit) -> Iterator[Record]:
+        yield self.records[unit.number][0]
+        raise ZeroDivisionError("of all things")
+
+
+def test_an_error_that_nobody_foresaw_names_the_unit_and_the_place_in_the_code(tmp_path) -> None:
+    source = SurprisingSource([[record(0), record(1)]])
+    task, unit = task_of(source, tmp_path / "out"), Unit("train", 0, 2, 0)
+    for outcome in (build_unit(task, unit, {}), scan_unit(task, unit)):
+        assert outcome.name == "train-000000" and outcome.broken
+        told = r"ZeroDivisionError: of all things \(test_build_unit.py, line \d+\)"
+        assert re.fullmatch(told, str(outcome.error))
+
+
+class IncompleteSource(GivenSource):
+    def read(self, unit: Unit) -> Iterator[Record]:
+        raise ImportError("needs another package")
+
+
+def test_a_package_that_is_missing_is_no_failure_of_a_unit(tmp_path: Path) -> None:
+    task, unit = task_of(IncompleteSource([[]]), tmp_path), Unit("train", 0, 2, 0)
+    for run_unit in (lambda: build_unit(task, unit, {}), lambda: scan_unit(task, unit)):
+        with pytest.raises(ImportError, match="needs another package"):
+            run_unit()
+
+
+def test_a_unit_that_cannot_be_written_is_not_called_broken(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"a file where the folder should be")
+    task = task_of(GivenSource([[record(0)]]), tmp_path / "out")
+    outcome = build_unit(task, Unit("train", 0, 1, 0), {})
+    assert outcome.error is not None and not outcome.broken
+
+
 def test_a_failure_names_the_file_and_leaves_no_part_and_no_torn_shard(tmp_path: Path) -> None:
     marker = tmp_path / "input.tgz"
     marker.touch()
     source = GivenSource([[record(0), record(1)]], broken={0: str(marker)})
     task, unit = task_of(source, tmp_path / "out"), Unit("train", 0, 2, 0)
     outcome = build_unit(task, unit, {})
-    assert outcome.error == f"{marker}: breaks off" and outcome.images == 2
+    assert outcome.error == f"{marker}: breaks off" and outcome.images == 2 and outcome.broken
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
     assert "breaks off" in str(scan_unit(task, unit).error)
 

@@ -17,7 +17,7 @@ import pytest
 
 from dcar.data.distributors import Outcome, Processes, RayCluster, WorkerDied
 from tests.builds import GivenSource, Silent, SlowSource, all_bytes, built, record
-from tests.tasks import count_up, fail, sleep_long, surroundings
+from tests.tasks import count_up, die_while_counting, fail, sleep_long, surroundings
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +70,13 @@ def test_what_a_task_raises_is_raised_here_and_ends_the_workers() -> None:
 def test_a_killed_worker_is_named_and_the_others_are_ended() -> None:
     tasks = [(600.0,), (600.0,)]
     with closing(Processes(2).run(sleep_long, tasks, lambda *_: kill_one())) as outcomes:
+        with pytest.raises(WorkerDied, match=r"process \d+ ended with SIGKILL"):
+            list(outcomes)
+    assert children() == []
+
+
+def test_a_worker_that_dies_while_it_counts_holds_up_nobody() -> None:
+    with closing(Processes(1).run(die_while_counting, [("a",), ("b",)], no_tick)) as outcomes:
         with pytest.raises(WorkerDied, match=r"process \d+ ended with SIGKILL"):
             list(outcomes)
     assert children() == []

@@ -55,6 +55,28 @@ def test_many_copies_of_one_picture_are_no_trouble() -> None:
     assert find_duplicates(hashes, distance=4).sum() == 199_999
 
 
+def around(center: int, count: int, flips: int) -> np.ndarray:
+    """Hashes that differ from one in up to so many bits."""
+    rng, found = np.random.default_rng(0), np.full(count, center, dtype=np.uint64)
+    for place in range(count):
+        for bit in rng.choice(64, rng.integers(flips + 1), replace=False):
+            found[place] ^= np.uint64(1) << np.uint64(bit)
+    return found
+
+
+@pytest.mark.parametrize(("flips", "distance"), [(2, 4), (3, 2), (4, 4), (4, 8), (8, 3)])
+def test_crowds_of_look_alikes_are_told_apart_as_by_comparing_all(flips, distance) -> None:
+    hashes = np.concatenate([around(0, 600, flips), around(2**63 - 1, 600, flips)])
+    hashes = np.random.default_rng(1).permutation(np.concatenate([hashes, with_neighbours(20)]))
+    assert np.array_equal(find_duplicates(hashes, distance=distance), all_pairs(hashes, distance))
+
+
+def test_many_look_alikes_take_no_more_than_a_moment() -> None:
+    begun = time.process_time()
+    assert find_duplicates(around(7, 5000, 3), distance=6).sum() > 4900
+    assert time.process_time() - begun < 5
+
+
 def test_no_hashes_have_no_duplicates() -> None:
     assert find_duplicates(np.empty(0, dtype=np.uint64), distance=4).tolist() == []
 

@@ -221,6 +221,26 @@ def test_a_state_of_another_order_leaves_out_the_rest_of_the_epoch(
     assert resumed.state_dict()["epoch"] == 1
 
 
+def test_a_batch_of_buckets_of_another_size_leaves_out_the_rest_of_the_epoch(shards):
+    loaders = [
+        loader_of(shards, buckets=Buckets(area=8, multiple=4), batch_size=batch_size)
+        for batch_size in (3, 3, 2)
+    ]
+    take(loaders[0], 2)
+    for loader in loaders[1:]:
+        loader.load_state_dict(loaders[0].state_dict())
+    assert [loader.state_dict()["epoch"] for loader in loaders] == [0, 0, 1]
+    assert [len(loader) for loader in loaders] == [13, 13, 19]
+
+
+def test_a_state_without_a_batch_fits_any_shards(shards, tmp_path, caplog):
+    loader = loader_of(shards)
+    list(loader)
+    other = loader_of(build(tmp_path, sizes=(20, 20)))
+    other.load_state_dict(loader.state_dict())
+    assert other.state_dict()["epoch"] == 1 and not caplog.text
+
+
 def test_resuming_reads_and_decodes_nothing_that_is_skipped(shards, monkeypatch):
     stopped = loader_of(shards)
     take(stopped, 10)

@@ -140,6 +140,7 @@ def test_tokens_are_read_as_stored_and_no_picture_is_asked_for():
         {"text_npy": npy(np.zeros((2, 2, 2), np.float16))},
         {"residual_npy": npy(np.zeros((2, 2), np.float16))},
         {"residual_npy": npy(RESIDUAL)[:-1]},
+        {"residual_npy": npy(np.ones((3, 2, 2), np.int64))},
         {"residual_npy": npy(RESIDUAL) + b"x"},
         {
             "residual_npy": npy(RESIDUAL).replace(
@@ -167,10 +168,10 @@ def test_a_caption_is_drawn_by_weight_among_those_that_are_there():
         for seed in range(400)
     )
     assert set(drawn) == {"mine", "a long one"} and abs(drawn["mine"] - 100) < 30
+    assert sample.choose_caption({"long": 0}, random.Random(0)) == "mine"  # none is wanted
 
 
 def test_half_a_character_in_a_caption_is_no_text():
     raw = {"__key__": "k", "png": picture(), "json": b'{"caption": "\\ud83d cat"}'}
     with pytest.raises(BadSample, match="caption is not UTF-8"):
         decode(raw, TRANSFORM, captioned=True)
-    assert sample.choose_caption({"long": 0}, random.Random(0)) == "mine"  # none is wanted

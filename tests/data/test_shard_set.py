@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcar.data import shard_set
 from dcar.data.cache import ShardCache
 from dcar.data.index import ShardIndex
-from dcar.data.cache import ShardCache
 from dcar.data.members import BadSample
 from dcar.data.shard_set import ShardSet, caption_names
 from dcar.data.shards import ShardEntry, write_manifest, write_shards
 from tests.servers import ALWAYS, Fault, FaultyServer
-from tests.servers import FaultyServer
 from tests.shards import UNEVEN, build, row
 
 
@@ -128,6 +125,100 @@ def test_no_more_shards_stay_open_than_a_reader_asks_for(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before == 10
 
 
+def test_the_shards_that_were_read_last_stay_open(shards):
+    data = ShardSet(shards / "s*.tar")
+    data.keep_open(2)
+    for shard in (0, 1, 0, 2):
+        data.read(shard, 0)
+    assert [len(offsets(Path(url))) for url in data.urls] == [1, 0, 1, 0]
+
+
+def test_shards_of_captions_stay_open_beside_those_of_pictures(shards, tmp_path):
+    told = build(tmp_path)
+    data = ShardSet(shards / "s*.tar", captions=told)
+    data.keep_open(2)
+    for shard in (0, 1):
+        data.read(shard, 0)
+        data.captions(shard, "k0000")
+    names = [Path(url).name for url in data.urls[:2]]
+    assert [len(offsets(folder / name)) for folder in (shards, told) for name in names] == [1] * 4
+
+
+def test_what_is_read_soon_is_asked_of_the_system_or_downloaded(shards, tmp_path, monkeypatch):
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *request: asked.append(request[1:3]))
+    ShardSet(shards / "s*.tar").prepare(2, 3, 5)
+    assert asked == [ShardIndex(shards / "s2-000000.tar").span(3, 5)]
+    with FaultyServer(shards) as server:
+        data = remote(server, tmp_path)
+        data.prepare(2, 3, 5)
+        wait_until(lambda: any(tmp_path.glob("*.shard")))
+        assert data.read(2, 4)["__key__"] == "k0024" and server.gets["s2-000000.tar"] == 1
+
+
+def test_a_lost_shard_is_not_downloaded_ahead(shards, tmp_path):
+    with FaultyServer(shards) as server:
+        server.faults["s1-000000.tar"] = Fault(unavailable=ALWAYS)
+        data = remote(server, tmp_path)
+        with pytest.raises(BadSample):
+            data.read(1, 0)
+        data.prepare(1, 0, 5)
+        data.prepare(0, 0, 5)
+        wait_until(lambda: any(tmp_path.glob("*.shard")))  # of the next one in the line
+        assert server.gets["s1-000000.tar"] == 2
+
+
+def test_a_remote_shard_that_is_not_the_manifest_s_is_lost(shards, tmp_path, caplog):
+    served = shutil.copytree(shards, tmp_path / "served")
+    shutil.copy(served / "s0-000000.tar", served / "s1-000000.tar")
+    with FaultyServer(served) as server:
+        data = remote(server, tmp_path / "cache")
+        with pytest.raises(BadSample, match="lost with its shard"):
+            data.read(1, 0)
+    assert "the manifest" in caplog.text
+
+
+class Evicting(ShardCache):
+    """Another process takes the room of each shard right after its first download."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.evicted: set[str] = set()
+
+    def fetch(self, url: str, entry: ShardEntry | None = None) -> Path:
+        path = super().fetch(url, entry)
+        if url not in self.evicted:
+            self.evicted.add(url)
+            path.unlink()
+        return path
+
+
+def test_a_shard_that_leaves_the_cache_before_it_is_open_is_fetched_again(shards, tmp_path):
+    with FaultyServer(shards) as server:
+        data = ShardSet(server.url("s1-000000.tar"), cache=Evicting(tmp_path))
+        assert data.read(0, 0)["__key__"] == "k0013" and server.gets["s1-000000.tar"] == 2
+
+
+def test_a_command_gives_a_shard_only_where_it_is_allowed(shards, tmp_path):
+    url = f"pipe:cat {shards}/s1-000000.tar"
+    with pytest.raises(ValueError, match="pipe"):
+        ShardSet(url)
+    data = ShardSet(url, cache=ShardCache(tmp_path, schemes=("pipe",)))
+    assert data.counts == [7] and data.read(0, 6)["__key__"] == "k0019"
+    assert data.sizes()[0].tolist() == [[12, 8]] * 7
+
+
+def test_each_folder_of_a_set_has_a_manifest_of_its_own(tmp_path):
+    for name, count in (("a", 2), ("b", 3)):
+        entries = write_shards([row(f"k{n:04d}") for n in range(count)], tmp_path / name, "s", 9)
+        told = {entries[0].name: np.full((count, 2), 10 * count, np.uint16)}
+        write_manifest(tmp_path / name, {"train": entries}, sizes=told, made=name)
+    data = ShardSet([tmp_path / "a/s*.tar", tmp_path / "b/s*.tar"])
+    assert data.counts == [2, 3]
+    assert [sizes.tolist() for sizes in data.sizes()] == [[[20, 20]] * 2, [[30, 30]] * 3]
+    assert [facts["made"] for facts in data.facts()] == ["a", "b"]
+
+
 def test_a_set_travels_without_its_open_files(shards):
     data = ShardSet(shards / "s*.tar")
     data.read(0, 0)
@@ -172,7 +263,10 @@ def test_captions_of_several_folders_are_joined_by_key(shards, tmp_path):
     assert alone.captions(0, "k0003") == {"two": "two words"}
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"captions": 3}', b'{"captions": {"a": 3}}'])
+HALF = b'{"captions": {"a": "\\ud83d cat"}}'  # a character
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"captions": 3}', b'{"captions": {"a": 3}}', HALF])
 def test_a_member_without_captions_gives_none(data):
     assert caption_names(data) == {}
 

@@ -88,9 +88,25 @@ def test_a_sample_no_reader_would_take_is_refused_by_the_writer(tmp_path, sample
 
 def test_a_broken_manifest_is_an_error(tmp_path):
     folder = folder_of(tmp_path)
-    (folder / "manifest.json").write_text('{"shards": [{"name": "a"}]}')
-    with pytest.raises(DataError, match="manifest"):
-        read_manifest(folder)
+    for content in ('{"shards": [{"name": "a"}]}', '{"shards": [3]}', '{"shards": 3}', "[]", "{"):
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match="manifest"):
+            read_manifest(folder)
+
+
+def test_shards_of_no_sample_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="samples_per_shard is 0"):
+        write_shards(samples(1), tmp_path, "train", 0)
+
+
+def test_a_manifest_tells_the_split_of_each_shard(tmp_path):
+    splits = {split: write_shards(samples(2), tmp_path, split, 2) for split in ("train", "val")}
+    write_manifest(tmp_path, splits)
+    listed = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    assert [(each["split"], each["name"]) for each in listed] == [
+        ("train", "train-000000.tar"),
+        ("val", "val-000000.tar"),
+    ]
 
 
 @pytest.mark.parametrize("shards", ["[3]", '[{"split": "train"}]', '[{"name": 7}]'])

@@ -141,6 +141,25 @@ def test_files_below_a_folder_are_listed_in_order_through_links(tmp_path):
         list_files(tmp_path / "none")
 
 
+def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(tmp_path):
+    touch(tmp_path, "set/a/1.jpg", "set/b/2.jpg")
+    folder = tmp_path / "set"
+    (folder / "self").symlink_to(".")
+    (folder / "a" / "up").symlink_to(folder)
+    (folder / "a" / "other").symlink_to(folder / "b")
+    (folder / "b" / "other").symlink_to(folder / "a")
+    (folder / "twice").symlink_to(folder / "b")
+    found = [name.removeprefix(f"{folder}/") for name in list_files(folder)]
+    assert found == [
+        "a/1.jpg",
+        "a/other/2.jpg",
+        "b/2.jpg",
+        "b/other/1.jpg",
+        "twice/2.jpg",
+        "twice/other/1.jpg",
+    ]
+
+
 def test_a_local_file_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "new" / "a.tar"
     with write_atomically(target) as file:

@@ -201,6 +201,7 @@ def test_each_set_of_a_mixture_has_its_own_samples_fetched_ahead(shards, tmp_pat
     list(ShardLoader(ShardStream(mixture={"a": Part(main), "b": Part(more)}, buffer=8, **settings)))
     for data in (main, more):
         assert data.told and all(stop <= data.counts[shard] for shard, _, stop in data.told)
+        assert len(data.told) <= 15  # once a window, though the sets take turns
 
 
 def test_too_many_bad_samples_end_the_run_with_their_reasons(tmp_path):
@@ -213,6 +214,18 @@ def test_one_bad_sample_in_two_hundred_is_within_the_default_limit(tmp_path):
     folder = build(tmp_path, sizes=(201,), bad={"k0003": {"txt": b""}})
     loader = ShardLoader(stream(folder))
     assert len(list(loader)) == 67 and sum(loader.stream.skipped.values()) == 1
+
+
+def test_as_many_bad_samples_as_the_limit_says_are_within_it(tmp_path):
+    folder = build(tmp_path, sizes=(100,), bad={"k0003": {"txt": b""}})
+    loader = ShardLoader(stream(folder, batch_size=4))
+    assert len(list(loader)) == 25 and sum(loader.stream.skipped.values()) == 1
+
+
+def test_several_bad_samples_of_a_batch_are_replaced_by_different_ones(tmp_path):
+    folder = build(tmp_path, sizes=(4,), bad={f"k{n:04d}": {"png": b"no"} for n in (0, 3)})
+    (batch,) = ShardLoader(stream(folder, batch_size=4, max_bad=1.0))
+    assert Counter(batch["key"]) == {"k0001": 2, "k0002": 2}
 
 
 def test_a_set_without_one_good_sample_is_an_error_not_a_hang(tmp_path):
@@ -281,6 +294,28 @@ def test_mixtures_and_buckets_are_for_training(shards, tmp_path):
         mixture(shards, other(tmp_path), shuffle=False)
     with pytest.raises(ValueError, match="buckets are for training"):
         len(ShardLoader(stream(shards, shuffle=False, buckets=Buckets(area=8, multiple=4))))
+
+
+def test_the_signature_changes_with_all_that_the_order_depends_on(shards, tmp_path):
+    counts, names = build(tmp_path / "counts", sizes=(13, 7, 10, 10)), tmp_path / "names"
+    shutil.copytree(shards, names)
+    text = (names / "manifest.json").read_text()
+    (names / "manifest.json").write_text(text.replace("s3-000000", "s4-000000"))
+    (names / "s3-000000.tar").rename(names / "s4-000000.tar")
+    square, wide = (Buckets(area=8, multiple=4, max_ratio=ratio) for ratio in (1, 4))
+    second = other(tmp_path / "more")
+    streams = [
+        *(stream(folder) for folder in (shards, counts, names)),
+        *(stream(shards, **change) for change in ({"seed": 8}, {"buffer": 9})),
+        *(stream(shards, buckets=buckets) for buckets in (square, wide)),
+        stream(shards, buckets=wide, batch_size=2),
+        mixture(shards, second).stream,
+        mixture(shards, second, samples_per_epoch=30).stream,
+    ]
+    reweighted = mixture(shards, second).stream
+    reweighted.parts["more"].weight = 3
+    assert len({each.signature() for each in [*streams, reweighted]}) == 11
+    assert stream(shards).signature() == stream(shards, batch_size=2, cache=True).signature()
 
 
 def test_urls_or_a_mixture_but_not_both_nor_neither(shards):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from experiments.config import CONFIGS, REPOSITORY, load_config
 from experiments.data_build import make_task
 from experiments.run import main
 from tests.builds import all_bytes, picture, samples_of
+from tests.layouts import tar_bytes
 
 SOURCES = sorted(path.stem for path in (CONFIGS / "source").glob("*.yaml"))
 
@@ -67,6 +69,7 @@ def test_shards_are_named_for_their_source(name: str) -> None:
         (["processes=0"], "processes=0"),
         (["distributor=process"], "did you mean 'processes'"),
         (["prefix=a/b"], "prefix=a/b"),
+        (["skip_broken=often"], "skip_broken=often"),
     ],
 )
 def test_a_bad_setting_is_exit_2_and_named(overrides, message, tmp_path: Path, capsys) -> None:
@@ -97,6 +100,42 @@ def test_a_dry_run_says_what_would_be_built_and_writes_nothing(tmp_path, caplog)
     assert "train: 3 units, 10 pictures: folder-train-000000 to folder-train-000002" in caplog.text
     assert "of the first 3 pictures" in caplog.text and "all 10: about" in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_archives_that_begin_with_an_empty_one_looks_at_the_next(
+    tmp_path: Path, caplog, capsys
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(tar_bytes([]))
+    more = ["--exp=data/build", "source=webdataset", f"in={folder}", f"out={tmp_path / 'out'}"]
+    assert main([*more, "--dry-run"]) == 3
+    assert "holds nothing to build from: 1 units, no picture" in capsys.readouterr().err
+    (folder / "b.tar").write_bytes(tar_bytes([("1.jpg", picture(1)), ("1.txt", b"words")]))
+    with caplog.at_level("INFO"):
+        assert main([*more, "--dry-run"]) == 0
+    assert "of the first 1 pictures 1 are kept" in caplog.text
+
+
+def test_a_dry_run_of_nothing_says_so(tmp_path: Path, capsys) -> None:
+    (tmp_path / "meta_data.json").write_text("{}")
+    zipfile.ZipFile(tmp_path / "mjhq30k_imgs.zip", "w").close()
+    given = ["--exp=data/build", "source=mjhq", f"in={tmp_path}", f"out={tmp_path / 'out'}"]
+    assert main([*given, "--dry-run"]) == 3
+    assert "holds nothing to build from: 0 units" in capsys.readouterr().err
+
+
+def test_a_build_goes_on_without_a_broken_archive_where_it_may(tmp_path, caplog, capsys) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(tar_bytes([("1.jpg", picture(1)), ("1.txt", b"words")]))
+    (folder / "b.tar").write_bytes(b"no archive at all")
+    given = ["--exp=data/build", "source=webdataset", f"in={folder}", f"out={tmp_path / 'out'}"]
+    given.append("processes=1")
+    assert main(given) == 3 and "b.tar: broken or cut short" in capsys.readouterr().err
+    with caplog.at_level("INFO"):
+        assert main([*given, "skip_broken=true"]) == 0
+    assert "1 lost with its archive" in caplog.text and len(samples_of(tmp_path / "out")) == 1
 
 
 def test_a_folder_is_built_and_a_second_run_finds_it(tmp_path: Path, caplog) -> None:

@@ -117,6 +117,15 @@ def test_samples_are_drawn_from_every_shard_once_each(folder: Path) -> None:
     assert all(len(found) == 5 for found in keys) and len(set.union(*keys)) == 25
 
 
+@pytest.mark.parametrize("spelling", ["./{name}", "{place}//{name}", "file://{place}/{name}"])
+def test_samples_are_found_whatever_the_spelling_of_the_folder(
+    folder: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    spelled = spelling.format(place=folder.parent, name=folder.name)
+    assert len(drawn(spelled, 1000, seed=0, split=None)) == 25
+
+
 def test_one_split_is_drawn_from_alone(folder: Path) -> None:
     cells = drawn(str(folder), 1000, seed=0, split="val")
     assert [cell.key for cell in cells] == [f"k{i}" for i in range(100, 105)]

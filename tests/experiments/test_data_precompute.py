@@ -10,12 +10,11 @@ import torch
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from dcar.data.index import read_shard
-from dcar.models.checkpoints import CheckpointError, read_checkpoint
+from dcar.models.checkpoints import load_tokenizer
 from dcar.models.fingerprint import tokenizer_fingerprint
-from experiments.data_precompute import load_tokenizer
 from experiments.run import main
 from tests.prediction_toys import tokenizer_checkpoint, write_pictures
-from tests.toys import SIZE, ToyData, toy_stage, toy_trainer
+from tests.toys import SIZE
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +43,6 @@ def precompute(toys: Path, *overrides: str) -> int:
         *overrides,
     ]
     return main(arguments)
-
-
-def test_the_tokenizer_is_built_as_its_checkpoint_says(toys: Path) -> None:
-    tokenizer, module = load_tokenizer(toys / "stage2.ckpt")
-    assert module == "TokenizerStage2"
-    for name, tensor in read_checkpoint(toys / "stage2.ckpt")["network"].items():
-        assert torch.equal(tokenizer.state_dict()[name], tensor), name
-
-
-def test_a_stage_1_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    trainer = toy_trainer(1)
-    trainer.fit(toy_stage(1), datamodule=ToyData())
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match="written by TokenizerStage1; tokens are those of"):
-        load_tokenizer(tmp_path / "a.ckpt")
 
 
 def test_the_manifest_says_what_made_the_tokens(toys: Path) -> None:

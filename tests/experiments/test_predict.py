@@ -114,6 +114,17 @@ def test_other_pictures_under_the_same_names_are_not_taken_for_done(
     assert shard_bytes(toys / "straight") == straight
 
 
+def test_shards_are_never_written_over_those_they_are_made_from(
+    tmp_path: Path, toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = write_pictures(tmp_path / "pictures", (2,))
+    before = shard_bytes(pictures)
+    for out in (pictures, tmp_path / "x" / ".." / "pictures"):
+        assert main(command(toys, out, f"in={pictures}/*.tar", f"outputs={tmp_path}")) == 2
+        assert "holds the input, whose shards would be replaced" in capsys.readouterr().err
+    assert shard_bytes(pictures) == before
+
+
 def test_without_a_manifest_of_the_input_a_run_goes_on_all_the_same(
     toys: Path, tmp_path: Path
 ) -> None:

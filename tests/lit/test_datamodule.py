@@ -14,6 +14,8 @@ from dcar.lit.datamodule import ShardDataModule
 from dcar.models.checkpoints import CheckpointError
 from tests.toys import ROOT
 
+NAMES = ("val", "heldout")  # not as the alphabet has them
+
 
 def stream(split: str, *, shuffle: bool) -> partial[ShardStream]:
     return partial(
@@ -27,13 +29,15 @@ def stream(split: str, *, shuffle: bool) -> partial[ShardStream]:
 
 
 def data(num_workers: int = 0) -> ShardDataModule:
-    val = {name: stream(name, shuffle=False) for name in ("val", "heldout")}
+    val = {name: stream(name, shuffle=False) for name in NAMES}
     train = stream("train", shuffle=True)
     return ShardDataModule(train=train, val=val, num_workers=num_workers)
 
 
 def test_validation_loaders_come_in_the_order_of_their_names() -> None:
     val, heldout = data().val_dataloader()
+    shards = [Path(loader.stream.sets[0].urls[0]).name for loader in (val, heldout)]
+    assert [name.partition("-")[0] for name in shards] == list(NAMES)
     sizes = [sum(len(batch["key"]) for batch in loader) for loader in (val, heldout)]
     assert sizes == [sum(val.stream.counts), sum(heldout.stream.counts)]
     assert sizes[0] != sizes[1]

@@ -222,9 +222,7 @@ def test_tokens_that_only_validate_are_checked_too(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("unknown", ["train", "val"])
-def test_tokens_without_a_manifest_are_refused(
-    shards: Path, tmp_path: Path, unknown: str
-) -> None:
+def test_tokens_without_a_manifest_are_refused(shards: Path, tmp_path: Path, unknown: str) -> None:
     """Of which a stopped precompute leaves some; nothing tells what made them."""
     copy = tmp_path / "unfinished"
     shutil.copytree(shards / "tokens", copy)

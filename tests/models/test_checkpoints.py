@@ -13,10 +13,12 @@ from dcar.models.checkpoints import (
     build,
     build_model,
     load_model,
+    load_tokenizer,
     read_checkpoint,
     save_model,
 )
-from tests.toys import SIZE, model_config, toy_model
+from tests.prediction_toys import tokenizer_checkpoint
+from tests.toys import SIZE, model_config, toy_model, toy_tokenizer
 
 
 class Payload:
@@ -102,3 +104,21 @@ def test_weights_of_another_architecture_are_refused_with_their_keys(tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"blocks\.1\..* None here"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_tokenizer_is_built_as_its_checkpoint_says_or_takes_the_weights(
+    tmp_path: Path, given: bool
+) -> None:
+    path = tokenizer_checkpoint(tmp_path / "stage2.ckpt")
+    into = toy_tokenizer() if given else None
+    tokenizer, module = load_tokenizer(path, into=into)
+    assert module == "TokenizerStage2" and (tokenizer is into) == given
+    for name, tensor in read_checkpoint(path)["network"].items():
+        assert torch.equal(tokenizer.state_dict()[name], tensor), name
+
+
+def test_a_stage_1_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    path = tokenizer_checkpoint(tmp_path / "a.ckpt", stage=1)
+    with pytest.raises(CheckpointError, match="written by TokenizerStage1; tokens are those of"):
+        load_tokenizer(path)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import IO, BinaryIO, NamedTuple, cast
 
 from dcar.data.members import IMAGE_TYPES, MAX_MEMBER_BYTES, DataError
-from dcar.data.storage import open_read
+from dcar.data.storage import local_path, open_read, read_bytes
 from dcar.data.stores import filesystem, is_remote, shown, with_retries
 from dcar.data.tar_header import StrictHeader
 
@@ -84,6 +84,23 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise DataError(f"{shown(url)}: broken or cut short, get it again")
     return data
+
+
+def read_picture(url: str) -> bytes | None:
+    """A whole file; None for one above MAX_MEMBER_BYTES, which is never read into memory.
+
+    Raises FileNotFoundError, also where the name leads through a file or to a folder.
+    """
+    try:
+        if is_remote(url):
+            store = filesystem(url)
+            path = store._strip_protocol(url)
+            size = with_retries(lambda: store.info(path)["size"], url)
+        else:
+            size = local_path(url).stat().st_size
+        return read_bytes(url) if size <= MAX_MEMBER_BYTES else None
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"no file at {shown(url)}") from error
 
 
 def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

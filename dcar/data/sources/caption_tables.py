@@ -63,7 +63,7 @@ def _json_rows(url: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{url}: line {number} is no JSON object: {error}") from error
             if number == 1:
                 _check_columns(url, columns, list(row))

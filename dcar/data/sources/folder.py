@@ -2,21 +2,26 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import islice
+from itertools import islice, starmap
+from posixpath import normpath
 from typing import Any, NamedTuple
 
 from dcar.data.members import IMAGE_TYPES
-from dcar.data.sources.caption_tables import read_table
+from dcar.data.sources.archives import read_picture
+from dcar.data.sources.caption_tables import Row, read_table
 from dcar.data.sources.ranges import ranges
 from dcar.data.sources.source import Record, Unit
 from dcar.data.storage import exists, join, list_files, open_read, read_bytes, write_atomically
+from dcar.data.stores import is_remote
 
 SPLITS = ("train", "val")
 OTHER_TYPES = ("avif", "bmp", "gif", "heic", "jp2", "jxl", "tif", "tiff")
-OTHER_TYPE, NO_IMAGE, BROKEN_JSON = "not a JPEG, PNG or WebP", "no image", "broken json"
+OTHER_TYPE, OUTSIDE = "not a JPEG, PNG or WebP", "outside the folder"
+NO_IMAGE, TOO_LARGE, BROKEN_JSON = "no image", "file too large", "broken json"
 READERS, READ_AT_ONCE = 16, 1024  # threads that read captions; captions
 
 
@@ -69,7 +74,8 @@ class Folder:
     of its own or one in the folder. Without it, the words are in `<name>.txt` or, under
     "caption", in `<name>.json` beside `<name>.jpg`.
     val_share: of the captions (of the keys, where there are none) that make the split `val`;
-        pictures below `train/` and `val/` are of these splits instead. A caption is never in both.
+        pictures below `train/` and `val/` are of these splits instead. A caption is never in both,
+        but for those of pictures that a table lists several times: they are shared out by picture.
     Raises FileNotFoundError naming what is missing, DataError naming a table that is damaged.
     """
 
@@ -98,10 +104,11 @@ class Folder:
         if exists(f"{self._index}.json"):
             return
         counts, keys = dict.fromkeys(SPLITS, 0), {split: _Keys() for split in SPLITS}
+        repeated = self._repeated()
         with ExitStack() as stack:
             files = {s: stack.enter_context(write_atomically(self._list(s))) for s in SPLITS}
             for found in self._pictures():
-                split, below = self._split(found)
+                split, below = self._split(found, by_picture=found.place in repeated)
                 row = {**found._asdict(), "key": keys[split].take(key_of(below))}
                 files[split].write(json.dumps(row).encode() + b"\n")
                 counts[split] += 1
@@ -113,18 +120,33 @@ class Folder:
     def _list(self, split: str) -> str:
         return f"{self._index}-{split}.jsonl"
 
-    def _split(self, found: Found) -> tuple[str, str]:
+    def _split(self, found: Found, *, by_picture: bool) -> tuple[str, str]:
         """The split of a picture, and its path below the folder of the split."""
         first, _, below = found.place.partition("/")
         if first in SPLITS and below:
             return first, below
-        words = (found.caption or "").strip() or key_of(found.place)
+        words = "" if by_picture else (found.caption or "").strip()
+        words = words or key_of(found.place)
         return SPLITS[fraction(words) < self.val_share], found.place
+
+    def _repeated(self) -> set[str]:
+        """Pictures that the table lists several times."""
+        if self.captions is None:
+            return set()
+        counts = Counter(place for place, _ in self._rows())
+        return {place for place, times in counts.items() if times > 1}
+
+    def _rows(self) -> Iterator[Row]:
+        """Of the table; paths in the form that the folder's files have, where they lie in it."""
+        assert self.captions is not None
+        start = join(self.path, "x")[:-1]
+        for place, caption in read_table(self._table(self.captions), **self.columns):
+            whole = place.startswith("/") or is_remote(place)
+            yield normpath(place.removeprefix(start) if whole else place), caption
 
     def _pictures(self) -> Iterator[Found]:
         if self.captions is not None:
-            for place, caption in read_table(self._table(self.captions), **self.columns):
-                yield _checked(place, caption)
+            yield from starmap(_checked, self._rows())
             return
         places = self._places()
         pictures = iter(p for p in places if suffix_of(p) in (*IMAGE_TYPES, *OTHER_TYPES))
@@ -155,7 +177,7 @@ class Folder:
         if f"{stem}.json" in names:
             try:
                 described = json.loads(read_bytes(join(self.path, f"{stem}.json")))
-            except ValueError:
+            except (ValueError, RecursionError):
                 return Found(place, None, BROKEN_JSON)
             words = described.get("caption") if isinstance(described, dict) else None
             return _checked(place, words if isinstance(words, str) else None)
@@ -180,17 +202,20 @@ class Folder:
                 yield self._record(json.loads(line))
 
     def _record(self, row: dict[str, Any]) -> Record:
-        image, dropped = b"", row["dropped"]
+        image, dropped = None, row["dropped"]
         if dropped is None:
             try:
-                image = read_bytes(join(self.path, row["place"]))
+                image = read_picture(join(self.path, row["place"]))
+                dropped = TOO_LARGE if image is None else None
             except FileNotFoundError:
                 dropped = NO_IMAGE
         facts = {"id": row["key"], "path": row["place"]}
-        return Record(row["key"], image, row["caption"], facts=facts, dropped=dropped)
+        return Record(row["key"], image or b"", row["caption"], facts=facts, dropped=dropped)
 
 
 def _checked(place: str, caption: str | None) -> Found:
+    if place.startswith(("/", "../")):
+        return Found(place, caption, OUTSIDE)
     return Found(place, caption, None if suffix_of(place) in IMAGE_TYPES else OTHER_TYPE)
 
 

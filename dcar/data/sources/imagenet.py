@@ -5,17 +5,27 @@ the one PNG that is named .JPEG and the CMYK ones, too.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from dcar.data.members import MAX_MEMBER_BYTES, DataError
-from dcar.data.sources.archives import is_image, naming, places, read_range
-from dcar.data.sources.imagenet_index import Row, count, load, mixed, save, table, wnids
+from dcar.data.sources.archives import is_image, naming, places, read_picture, read_range
+from dcar.data.sources.imagenet_index import (
+    Row,
+    count,
+    load,
+    mixed,
+    save,
+    table,
+    told_apart,
+    wnids,
+)
 from dcar.data.sources.imagenet_labels import validation_wnids
 from dcar.data.sources.imagenet_parquet import parquet_files, parquet_units, read_parquet
 from dcar.data.sources.ranges import ranges
 from dcar.data.sources.source import Record, Unit
-from dcar.data.storage import exists, join, list_files, name_of, open_read, read_bytes
+from dcar.data.storage import exists, join, list_files, name_of, open_read
 
 LAYOUTS = (
     {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"},
@@ -23,11 +33,17 @@ LAYOUTS = (
     {"train": "ILSVRC/Data/CLS-LOC/train", "val": "ILSVRC/Data/CLS-LOC/val"},
 )
 PARQUET = "data/train-*.parquet"
+LICENCE = "ImageNet terms of access: non-commercial research and education"
 
 
 def stem(name: str) -> str:
     """The last part of a name without suffix."""
     return name_of(name).partition(".")[0]
+
+
+def key_of(name: str) -> str:
+    """A name without suffix: `n01440764_18`, or with its class in front, as in the table."""
+    return f"{name.rpartition('/')[0]}/{stem(name)}".removeprefix("/")
 
 
 def rows_of_tar(folder: str, name: str) -> Iterator[Row]:
@@ -60,6 +76,8 @@ class ImageNet:
         One of the two splits is enough.
     val_labels: the classes of validation pictures that are not sorted into folders, by default one
         of the lists of `imagenet_labels.CANDIDATES` in the folder.
+    Keys are the names without suffix; where classes number their pictures alike, as some copies
+    do, `<wnid>/<name>`.
     Raises FileNotFoundError naming what is missing, DataError naming what cannot be read.
     """
 
@@ -101,6 +119,7 @@ class ImageNet:
         if len(strange := np.setdiff1d(found, classes)):
             raise DataError(f"{strange[0].decode()} is a class of {split} and not of train")
         rows["label"] = np.searchsorted(classes, rows["wnid"])
+        rows = told_apart(rows)
         return mixed(rows) if split == "train" else rows[np.argsort(rows["name"], kind="stable")]
 
     def _classified(self, rows: Iterable[Row], known: list[str]) -> Iterator[Row]:
@@ -138,22 +157,23 @@ class ImageNet:
         """Records of one unit; of tars and folders by where each picture lies."""
         url, first, stop = unit.reference
         if url.endswith(".parquet"):
-            yield from read_parquet(url, first, stop)
-            return
-        for row in load(url, first, stop):
-            yield self._record(row)
+            found = read_parquet(url, first, stop)
+        else:
+            found = (self._record(row) for row in load(url, first, stop))
+        for record in found:
+            yield replace(record, facts={**record.facts, "licence": LICENCE})
 
     def _record(self, row: Row) -> Record:
         source = join(self.path, row.file)
-        large = row.size > MAX_MEMBER_BYTES
         if row.size < 0:
-            image = read_bytes(source)
+            image = read_picture(source)
         else:
-            image = b"" if large else read_range(source, row.offset, row.size)
+            large = row.size > MAX_MEMBER_BYTES
+            image = None if large else read_range(source, row.offset, row.size)
         return Record(
-            key=stem(row.name),
-            image=image,
+            key=key_of(row.name),
+            image=image or b"",
             label=row.label,
             facts={"id": row.name, "wnid": row.wnid},
-            dropped="file too large" if large else None,
+            dropped="file too large" if image is None else None,
         )

@@ -42,10 +42,28 @@ def table(rows: Iterable[Row]) -> np.ndarray:
 
 
 def _array(rows: list[Row]) -> np.ndarray:
-    encoded = [[v.encode() if isinstance(v, str) else v for v in row] for row in rows]
+    encoded = [
+        [v.encode(errors="surrogateescape") if isinstance(v, str) else v for v in row]
+        for row in rows
+    ]
     columns = [np.array(column) for column in zip(*encoded, strict=True)]
     kind = [(field, column.dtype) for field, column in zip(Row._fields, columns, strict=True)]
     return np.array([tuple(row) for row in encoded], dtype=kind)
+
+
+def told_apart(rows: np.ndarray) -> np.ndarray:
+    """With the class before each name that is another's, too, but for suffixes."""
+    stems = np.array([name.partition(b".")[0] for name in rows["name"].tolist()])
+    _, inverse, counts = np.unique(stems, return_inverse=True, return_counts=True)
+    if counts.max() == 1:
+        return rows
+    classed = np.char.add(np.char.add(rows["wnid"], b"/"), rows["name"])
+    columns = {field: rows[field] for field in Row._fields}
+    columns["name"] = np.where(counts[inverse] > 1, classed, rows["name"])
+    apart = np.empty(len(rows), dtype=[(field, each.dtype) for field, each in columns.items()])
+    for field, column in columns.items():
+        apart[field] = column
+    return apart
 
 
 def mixed(rows: np.ndarray) -> np.ndarray:
@@ -80,8 +98,7 @@ def load(url: str, first: int, stop: int) -> Iterator[Row]:
         start = file.tell() + first * dtype.itemsize
     rows = np.frombuffer(read_range(url, start, (stop - first) * dtype.itemsize), dtype=dtype)
     for row in rows.tolist():
-        file, offset, size, name, wnid, label = row
-        yield Row(file.decode(), offset, size, name.decode(), wnid.decode(), label)
+        yield Row(*(v.decode(errors="surrogateescape") if isinstance(v, bytes) else v for v in row))
 
 
 def wnids(url: str) -> list[str]:

@@ -22,6 +22,7 @@ ANNOTATIONS = {
     "val": ("valid_anno_repath.jsonl", "valid_anno.jsonl"),
 }
 VAL_PROMPT = "prompt is in val"
+LICENCE = "JourneyDB terms: non-commercial research"
 
 
 def _number(archive: str) -> str:
@@ -37,6 +38,7 @@ def _record(number: str, member: Member, note: Annotation) -> Record:
         caption=note.caption or note.prompt,
         facts={
             "id": name,
+            "licence": LICENCE,
             "prompt": note.prompt,
             "caption_source": "Task2.Caption" if note.caption else "prompt",
         },

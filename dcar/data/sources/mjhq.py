@@ -66,7 +66,7 @@ class MJHQ:
         try:
             entries = json.loads(read_bytes(url))
             return {(str(e["category"]), name): e["prompt"] for name, e in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{shown(url)}: not a table of id -> category, prompt ({error!r})"
             ) from error

@@ -17,6 +17,7 @@ from dcar.data.sources.archives import (
     is_image,
     naming,
     places,
+    read_picture,
     read_range,
     safe_name,
     stream_lines,
@@ -175,6 +176,26 @@ def test_a_range_of_a_file_is_read_from_a_store_as_from_disk(tmp_path: Path) -> 
         assert read_range(url, 10, 5) == bytes(range(10, 15))
         with pytest.raises(DataError, match="range.bin: broken or cut short"):
             read_range(url, 98, 5)
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 100)
+    for folder in ("memory://archives", tmp_path):
+        for size in (100, 101):
+            with fsspec.open(f"{folder}/{size}.jpg", "wb") as file:
+                file.write(bytes(size))
+        assert read_picture(f"{folder}/100.jpg") == bytes(100)
+        assert read_picture(f"{folder}/101.jpg") is None
+
+
+def test_what_is_no_file_is_not_found(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    stored(tmp_path / "1.jpg", b"1")
+    for name in ("no.jpg", "1.jpg/no.jpg", "folder.jpg"):
+        with pytest.raises(FileNotFoundError):
+            read_picture(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError):
+        read_picture("memory://archives/no.jpg")
 
 
 def test_lines_of_a_packed_file_are_those_of_the_file(tmp_path: Path) -> None:

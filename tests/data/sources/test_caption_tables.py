@@ -54,6 +54,7 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(suffix, tmp_pat
         ("t.parquet", b"PAR1 and no more"),
         ("t.jsonl", b'{"file_name": "1.jpg", "text": "a"}\n[1]\n'),
         ("t.jsonl", b'{"file_name": "1.jpg", "text": "a"}\n{"file_'),
+        ("t.jsonl", b'{"file_name": "1.jpg", "text": "a"}\n' + b"[" * 100_000),
         ("t.csv", b'file_name,text\n1.jpg,"never closed'),
         ("t.csv", b"file_name,text\n,words without a picture\n"),
         ("t.jsonl", b'{"file_name": 7, "text": "a"}\n'),

@@ -1,12 +1,14 @@
 """The folder source: which pictures, keys, captions and splits a folder gives."""
 
 import json
+import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from dcar.data.members import check_key
+from dcar.data.members import MAX_MEMBER_BYTES, check_key
 from dcar.data.sources.folder import Folder, fraction, key_of
 from dcar.data.sources.source import Record
 from tests.builds import all_bytes, built, picture, samples_of
@@ -96,8 +98,9 @@ def test_words_come_from_a_text_or_a_json_file_beside_the_picture(tmp_path: Path
         "g.txt": b"text before json",
         "g.json": b'{"caption": "json"}',
         "h.json": b"[]",
+        "i.json": b"[" * 100_000,
     }
-    for letter in "abcdefgh":
+    for letter in "abcdefghi":
         write(tmp_path / "in" / f"{letter}.jpg", picture(0))
     for name, content in captions.items():
         write(tmp_path / "in" / name, content)
@@ -111,6 +114,7 @@ def test_words_come_from_a_text_or_a_json_file_beside_the_picture(tmp_path: Path
         (None, None),
         ("text before json", None),
         (None, None),
+        (None, "broken json"),
     ]
 
 
@@ -209,3 +213,52 @@ def test_a_folder_is_built_from_raw_to_shards(tmp_path: Path) -> None:
     assert sample["jpg"] == picture(3) and sample["txt"] == b"words 3"
     facts = {"id": "s.1/3", "path": "s.1/3.jpg", "width": 40, "height": 30}
     assert json.loads(sample["json"]) == facts
+
+
+def test_a_name_that_is_not_utf_8_is_built_like_any_other(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", ["a.jpg"])
+    for suffix, content in ((b".jpg", picture(7)), (b".txt", b"coffee")):
+        (folder / os.fsdecode(b"caf\xe9" + suffix)).write_bytes(content)
+    built(Folder(str(folder), val_share=0.0), tmp_path / "out")
+    sample = samples_of(tmp_path / "out")["caf?"]
+    assert sample["txt"] == b"coffee" and json.loads(sample["json"])["path"] == "caf?.jpg"
+
+
+def test_a_table_gives_no_picture_from_outside_the_folder(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", ["a.jpg", "b/c.jpg", "d.jpg"])
+    private = pictures(tmp_path, ["private.jpg"]) / "private.jpg"
+    places = ["../private.jpg", "b/../../private.jpg", str(private)]
+    inside = ["./a.jpg", "b/../b/c.jpg", str(folder / "d.jpg")]
+    table(folder, [(place, "words") for place in (*places, *inside, "a.jpg/x.jpg", "b/no.jpg")])
+    records = read(folder, tmp_path / "work", val_share=0.0, captions="captions.csv")["train"]
+    dropped = ["outside the folder"] * 3 + [None] * 3 + ["no image"] * 2
+    assert [record.dropped for record in records] == dropped
+    assert [record.image for record in records[:3]] == [b""] * 3
+    assert [record.facts["path"] for record in records[3:6]] == ["a.jpg", "b/c.jpg", "d.jpg"]
+    assert [record.key for record in records[3:6]] == ["a", "b/c", "d"]
+
+
+def test_a_picture_with_several_captions_is_in_one_split_alone(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", [f"{n}.jpg" for n in range(40)])
+    rows = [(f"{n}.jpg", f"{n} has words {k}") for k in range(5) for n in range(40)]
+    table(folder, [*rows, ("40.jpg", "once"), ("41.jpg", "once"), ("42.jpg", "once")])
+    found = read(folder, tmp_path / "work", val_share=0.2, captions="captions.csv")
+    paths = {split: {r.facts["path"] for r in records} for split, records in found.items()}
+    assert not paths["train"] & paths["val"] and len(paths["train"] | paths["val"]) == 43
+    assert 2 <= len(paths["val"]) <= 16
+    assert {"40.jpg", "41.jpg", "42.jpg"} & paths["val"] in (set(), {"40.jpg", "41.jpg", "42.jpg"})
+
+
+def test_a_file_that_is_too_large_is_counted_and_not_read(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", ["a.jpg", "b.jpg"])
+    with open(folder / "b.jpg", "r+b") as file:
+        file.truncate(MAX_MEMBER_BYTES + 1)
+    tracemalloc.start()
+    records = read(folder, tmp_path / "work", val_share=0.0)["train"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(r.dropped, len(r.image)) for r in records] == [
+        (None, len(picture(0))),
+        ("file too large", 0),
+    ]
+    assert peak < 16 * 2**20

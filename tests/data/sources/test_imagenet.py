@@ -9,9 +9,9 @@ import fsspec
 import pytest
 
 from dcar.data.index import read_shard
-from dcar.data.members import DataError
+from dcar.data.members import MAX_MEMBER_BYTES, DataError
 from dcar.data.samples import image_bytes
-from dcar.data.sources.imagenet import ImageNet
+from dcar.data.sources.imagenet import LICENCE, ImageNet
 from dcar.data.sources.source import Record
 from tests.layouts import (
     CMYK,
@@ -53,7 +53,7 @@ def layout(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def expected(name: str, wnid: str) -> Record:
-    facts = {"id": f"{name}.JPEG", "wnid": wnid}
+    facts = {"id": f"{name}.JPEG", "wnid": wnid, "licence": LICENCE}
     return Record(name, imagenet_picture(name), label=WNIDS.index(wnid), facts=facts)
 
 
@@ -101,6 +101,31 @@ def test_tars_and_folders_make_the_same_shards(tmp_path: Path) -> None:
         for name in ("tars", "folders", "kaggle")
     ]
     assert len(shards[0]) == 7 and shards[0] == shards[1] == shards[2]
+
+
+def test_classes_that_number_their_pictures_alike_keep_them_all(tmp_path: Path) -> None:
+    for wnid in WNIDS:
+        for number in range(3):
+            picture = imagenet_picture(TRAIN_NAMES[wnid][number])
+            write(tmp_path / f"in/train/{wnid}/{number:04d}.JPEG", picture)
+    write(tmp_path / f"in/train/{WNIDS[0]}/alone.JPEG", imagenet_picture("alone"))
+    found = records(ImageNet(str(tmp_path / "in")), tmp_path / "work")["train"]
+    keys = [f"{wnid}/{number:04d}" for wnid in WNIDS for number in range(3)]
+    assert sorted(record.key for record in found) == sorted([*keys, "alone"])
+    ids = {record.key: (record.facts["id"], record.label) for record in found}
+    assert ids[keys[-1]] == (f"{keys[-1]}.JPEG", 3) and ids["alone"] == ("alone.JPEG", 0)
+    report = build_shards(ImageNet(str(tmp_path / "in")), tmp_path / "out")
+    assert (report.splits["train"].samples, report.splits["train"].dropped) == (13, {})
+
+
+def test_a_file_that_is_too_large_is_counted_and_not_read(tmp_path: Path) -> None:
+    folder = Path(imagenet_folders(tmp_path / "in"))
+    with open(folder / f"train/{WNIDS[0]}/{TRAIN_NAMES[WNIDS[0]][0]}.JPEG", "r+b") as file:
+        file.truncate(MAX_MEMBER_BYTES + 1)
+    found = records(ImageNet(str(folder)), tmp_path / "work")["train"]
+    (large,) = [record for record in found if record.dropped]
+    assert (large.key, large.dropped) == (TRAIN_NAMES[WNIDS[0]][0], "file too large")
+    assert large.image == b""
 
 
 def test_units_are_about_as_long_and_not_too_long(layout: str) -> None:

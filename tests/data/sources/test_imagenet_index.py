@@ -4,7 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dcar.data.sources.imagenet_index import Row, count, load, mixed, save, table, wnids
+from dcar.data.sources.imagenet_index import (
+    Row,
+    count,
+    load,
+    mixed,
+    save,
+    table,
+    told_apart,
+    wnids,
+)
 
 
 def rows(number: int) -> list[Row]:
@@ -46,3 +55,20 @@ def test_every_run_of_mixed_rows_has_all_classes() -> None:
     found = mixed(table(by_class))
     for start in range(0, 1000, 50):
         assert len(np.unique(found["wnid"][start : start + 50])) == 5
+
+
+def test_only_names_that_repeat_are_given_their_class() -> None:
+    given = [Row("f", 0, -1, name, wnid) for wnid in ("n1", "n22") for name in ("1.JPEG", "2.png")]
+    alone = Row("f", 0, -1, "a name that is longer than the others.JPEG", "n1")
+    found = told_apart(table([*given[:3], alone]))
+    names = [b"n1/1.JPEG", b"2.png", b"n22/1.JPEG", alone.name.encode()]
+    assert found["name"].tolist() == names
+    assert found["wnid"].tolist() == [b"n1", b"n1", b"n22", b"n1"]
+    unlike = table(rows(20))
+    assert told_apart(unlike) is unlike
+
+
+def test_names_that_are_not_utf_8_come_back(tmp_path: Path) -> None:
+    url, row = str(tmp_path / "table.npy"), Row("n1/caf\udce9.JPEG", 0, -1, "caf\udce9.JPEG", "n1")
+    save(url, table([row]))
+    assert list(load(url, 0, 1)) == [row]

@@ -50,6 +50,7 @@ def test_every_picture_comes_once_in_the_order_of_its_archive(folder: Path, tmp_
         assert [record.key for record in found[split]] == expected
     first = found["train"][0]
     assert first.image == picture(journey_name("train", "000", 0))
+    assert first.facts["licence"] == "JourneyDB terms: non-commercial research"
     assert records(JourneyDB(str(folder)), tmp_path / "again") == found
 
 

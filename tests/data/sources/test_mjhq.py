@@ -115,9 +115,10 @@ def test_files_that_are_cut_short_are_named(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"mjhq30k_imgs\.zip: broken or cut short"):
         records(MJHQ(str(folder)), tmp_path)
     path.write_bytes(data)
-    (folder / "meta_data.json").write_text('{"a": {"category": "art"}}')
-    with pytest.raises(DataError, match=r"meta_data\.json.*prompt"):
-        records(MJHQ(str(folder)), tmp_path)
+    for text, told in (('{"a": {"category": "art"}}', "'prompt'"), ("[" * 10**5, "recursion")):
+        (folder / "meta_data.json").write_text(text)
+        with pytest.raises(DataError, match=rf"meta_data\.json: not a table.*{told}"):
+            records(MJHQ(str(folder)), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mjhq30k_imgs.zip", "meta_data.json"])

@@ -193,3 +193,10 @@ def test_units_count_from_0_in_each_split(tmp_path: Path) -> None:
     units = source.units(100)
     assert [(unit.split, unit.number) for unit in units] == [("train", 0), ("train", 1), ("val", 0)]
     assert Counter(unit.samples for unit in units) == {None: 3}
+
+
+def test_an_address_with_half_a_letter_in_it_keeps_its_sample(tmp_path: Path) -> None:
+    members = [("1.jpg", picture("1")), ("1.txt", b"words"), ("1.json", b'{"url": "\\ud83d"}')]
+    write(tmp_path / "in" / "a.tar", tar_bytes(members))
+    report = build_shards(WebDatasetShards(str(tmp_path / "in")), tmp_path / "out")
+    assert report.splits["train"].samples == 1 and report.splits["train"].dropped == {}
