@@ -14,7 +14,7 @@ from dcar.data.members import (
     Raw,
     split_name,
 )
-from dcar.data.tar_header import BLOCK, StrictHeader
+from dcar.data.tar_header import StrictHeader
 
 
 class ShardIndex:
@@ -66,16 +66,10 @@ class ShardIndex:
                         raise tarfile.ReadError("unexpected end of data")
                     if info.isreg() and not info.issparse():
                         self._add(info)
-                self._check_end(tar.offset, length)
         except tarfile.TarError as error:
             if not self.keys:
                 raise DataError(f"{self.path}: {type(error).__name__}: {error}") from error
             self.broken = str(error)
-
-    def _check_end(self, offset: int, length: int) -> None:
-        """A file that just stops is no whole archive: that ends with zeros."""
-        if offset + BLOCK > length:
-            raise tarfile.ReadError(f"no end of archive at byte {offset}")
 
     def _add(self, info: tarfile.TarInfo) -> None:
         if (named := split_name(info.name)) is None:

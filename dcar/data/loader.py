@@ -108,6 +108,9 @@ class ShardLoader(DataLoader):
             if (death := death_of_worker(error)) is None:
                 raise
             raise death from error
+        except (ConnectionError, EOFError) as error:  # it died while a batch was handed over
+            pids = [worker.pid for worker in getattr(batches, "_workers", [])]
+            raise DataError(f"a process that reads data, one of pid(s) {pids}, has died") from error
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data. epoch, batches: handed out in it on this rank. units: taken by all ranks

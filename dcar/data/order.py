@@ -281,9 +281,17 @@ class Share:
         first = self.start + batch * self.units * self.world + self.rank
         return list(range(first, first + self.units * self.world, self.world))
 
-    def earlier(self, batch: int) -> Iterator[int]:
-        """This rank's units before that batch, the nearest first, to the start of the epoch."""
-        return iter(range(self.numbers(batch)[0] - self.world, -1, -self.world))
+    def others(self, batch: int) -> Iterator[int]:
+        """Units of this rank's turn around that batch, to put in the place of bad ones.
+
+        First its neighbours, then ever further away: a lost shard is thousands of units long.
+        """
+        first, last = self.numbers(batch)[0], self.numbers(batch)[-1]
+        distance = 1
+        while distance * self.world <= self.stop:
+            before, after = first - distance * self.world, last + distance * self.world
+            yield from (number for number in (before, after) if 0 <= number < self.stop)
+            distance += 1 + distance // 32 * 16
 
 
 @dataclass(frozen=True)
@@ -310,6 +318,3 @@ class Slice:
     def numbers(self, batch: int) -> list[int]:
         first = self.first + batch * self.units
         return list(range(first, min(first + self.units, self.last)))
-
-    def earlier(self, batch: int) -> Iterator[int]:
-        return iter(range(self.numbers(batch)[0] - 1, self.first - 1, -1))

@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -38,7 +38,6 @@ from dcar.data.transforms import ImageTransform
 
 SAMPLES_BEFORE_JUDGING = 100  # a rate of bad samples means nothing on fewer
 MANY_SHARDS = 256  # open at once
-REPLACEMENTS = 64  # earlier samples tried for a batch that is bad as a whole
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +223,7 @@ class ShardStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         for data in self.sets:
             data.forget_losses()
+        self._announced.clear()
         share, order = self.share(self.start, self.lanes), self.order(self.lanes or self.place[1])
         batches = range(self.done + worker, share.batches, workers)
         return self._batches(order, share, self.epoch, batches)
@@ -248,10 +248,11 @@ class ShardStream(IterableDataset):
         bad: Counter[str] = Counter()
         samples = [self._sample(place, shape, bad) for place in places]
         good = [sample for sample in samples if sample is not None]
-        if self.shuffle and len(good) < len(samples):
-            earlier = (order.unit(epoch, number) for number in share.earlier(batch))
-            before = (place for unit in earlier for place in unit.places)
-            good = self._replaced(samples, shape, islice(before, REPLACEMENTS))
+        if isinstance(share, Share) and len(good) < len(samples):
+            others = (order.unit(epoch, number) for number in share.others(batch))
+            good = self._replaced(
+                samples, shape, (place for unit in others for place in unit.places)
+            )
         rngs = [random.Random(f"{self.seed}/{epoch}/{sample.key}") for sample in good]
         images = [self._cut(*pair, shape) for pair in zip(good, rngs, strict=True)]
         captions = [self._caption(*pair) for pair in zip(good, rngs, strict=True)]
@@ -259,11 +260,11 @@ class ShardStream(IterableDataset):
         return batch_of | {"bad": dict(bad), "slots": len(places)}
 
     def _replaced(
-        self, samples: list[Sample | None], shape: tuple[int, int] | None, before: Iterable[Place]
+        self, samples: list[Sample | None], shape: tuple[int, int] | None, others: Iterable[Place]
     ) -> list[Sample]:
-        """Bad samples replaced by good ones of the same batch, or else by those just before it."""
+        """Bad samples replaced by good ones of the same batch, or else by one from near it."""
         spare = [sample for sample in samples if sample is not None]
-        for place in before:
+        for place in others:
             if spare:
                 break
             spare = [s for s in [self._sample(place, shape, Counter())] if s is not None]

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from dcar.data.members import DataError
@@ -86,5 +87,6 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._restore_handlers()
-        if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.training:
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        if isinstance(exception, DataError) and trainer.world_size == 1 and is_fitting:
             self._save(trainer)

@@ -139,12 +139,18 @@ def test_validation_takes_every_sample_once_over_all_ranks(total, world, units) 
     assert numbers == list(range(total))
 
 
-def test_what_was_before_a_batch_is_this_rank_s_own_nearest_first() -> None:
+def test_around_a_batch_are_units_of_this_rank_s_turn_the_nearest_first() -> None:
     share = Share(12, 100, rank=1, world=2, units=3)
     assert share.numbers(1) == [19, 21, 23]
-    assert list(share.earlier(1)) == [17, 15, 13, 11, 9, 7, 5, 3, 1]
-    part = Slice(20, rank=1, world=2, units=4)
-    assert list(part.earlier(1)) == [13, 12, 11, 10]
+    others = list(share.others(1))
+    assert others[:6] == [17, 25, 15, 27, 13, 29]
+    assert all(number % 2 == 1 and 0 <= number < 100 for number in others)
+    assert not set(others) & {19, 21, 23} and len(set(others)) == len(others)
+
+
+def test_in_a_long_epoch_units_far_away_come_after_few_tries() -> None:
+    others = list(Share(0, 4_000_000, rank=0, world=1, units=4).others(500_000))
+    assert min(others) < 1_000_000 and max(others) > 3_000_000 and len(others) < 300
 
 
 def test_what_lies_ahead_is_the_window_after_this_one() -> None:

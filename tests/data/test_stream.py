@@ -527,3 +527,13 @@ def test_a_run_begun_by_many_ranks_keeps_every_lane_s_shard_open(tmp_path, monke
     alone.load_state_dict(many.state_dict())
     assert len(list(alone)) == 40
     assert len(opened) < 24 * 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_lost_shard_longer_than_the_window_is_skipped_and_counted(tmp_path, seed):
+    folder = build(tmp_path, sizes=(200,) * 3)
+    (folder / "s1-000000.tar").write_bytes(b"<html>")
+    loader = ShardLoader(stream(folder, seed=seed, buffer=20, max_bad=1.0))
+    batches = list(loader)
+    assert len(batches) == 200 and loader.stream.skipped == {"lost with its shard": 200}
+    assert all(not 200 <= int(key[1:]) < 400 for key in keys(batches))

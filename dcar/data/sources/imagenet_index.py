@@ -8,7 +8,7 @@ come in the same order from tars as from folders.
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -98,7 +98,10 @@ def load(url: str, first: int, stop: int) -> Iterator[Row]:
         start = file.tell() + first * dtype.itemsize
     rows = np.frombuffer(read_range(url, start, (stop - first) * dtype.itemsize), dtype=dtype)
     for row in rows.tolist():
-        yield Row(*(v.decode(errors="surrogateescape") if isinstance(v, bytes) else v for v in row))
+        values: list[Any] = [
+            v.decode(errors="surrogateescape") if isinstance(v, bytes) else v for v in row
+        ]
+        yield Row(*values)
 
 
 def wnids(url: str) -> list[str]:
