@@ -133,8 +133,9 @@ class BuildFolder:
         elif (old := json.loads(read_bytes(join(self.work, UNITS)))) != found:
             raise DataError(
                 f"the input has changed since the build in {self.out} was begun: it made "
-                f"{old['units']} units then and makes {len(units)} of other content now. Choose "
-                "another folder, or delete this one to begin anew"
+                f"{old['units']} units then and makes {len(units)} of other content now. Put it "
+                "back (skip_broken=true goes on without an archive that is broken), choose another "
+                "folder, or delete this one to begin anew"
             )
 
     def names(self) -> list[str]:
