@@ -11,7 +11,8 @@ class Unit:
 
     number: counts the units of a split from 0 and names the output (`<split>-<number>.tar`).
     samples: how many the unit holds where that is known, at most `samples_per_shard`: it becomes
-        one shard, or more where it is larger than `max_shard_bytes`. None for a piece that can only be streamed (a .tgz): it becomes one or more.
+        one shard, or more where it is larger than `max_shard_bytes`. None for a piece that can only
+        be streamed (a .tgz): it becomes one or more.
     reference: what `Source.read` needs to find it again; plain data, so that it travels between
         processes and machines.
     """
