@@ -21,11 +21,11 @@ install: $(STAMP)  ## make .venv and install the project with pinned versions
 quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
 	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
 
-test: $(STAMP)  ## every test, the slow ones too
-	$(BIN)/python -m pytest
+test: test-fast  ## every test, the slow ones too
+	$(BIN)/python -m pytest -m slow
 
-test-fast: $(STAMP)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
 
 lint: $(STAMP)  ## format check, lint, types
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from dcar.data.batches import Batch
+from dcar.data.loader import ShardLoader
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import ShardStream
@@ -63,3 +65,22 @@ def same(one: Batch, two: Batch) -> bool:
 
 def everything(sizes: tuple[int, ...] = UNEVEN) -> list[str]:
     return [f"k{number:04d}" for number in range(sum(sizes))]
+
+
+def loader_of(folder: Path, workers: int = 0, **options) -> ShardLoader:
+    return ShardLoader(stream(folder, **options), num_workers=workers)
+
+
+def take(loader: ShardLoader, count: int) -> list[Batch]:
+    """The next batches, over the ends of epochs, as a trainer that is stopped would take them."""
+    taken: list[Batch] = []
+    while len(taken) < count:
+        taken += islice(iter(loader), count - len(taken))
+    return taken
+
+
+def other(folder: Path, count: int = 8) -> Path:
+    """A second data set: keys from k1000 on."""
+    rows = [row(f"k{number}") for number in range(1000, 1000 + count)]
+    write_manifest(folder, {"train": write_shards(rows, folder, "t", 5)})
+    return folder
