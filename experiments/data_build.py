@@ -21,6 +21,7 @@ from dcar.data.build_unit import BuildTask, UnitReader, make_sample, unit_name
 from dcar.data.distributors import Distributor, Processes, RayCluster
 from dcar.data.filters import Filters
 from dcar.data.members import DataError
+from dcar.data.sources.folder import Folder
 from dcar.data.sources.source import Record, Source, Unit
 from dcar.data.storage import is_remote
 from experiments.build_progress import ProgressLine, reasons_text, size_text, tally_text
@@ -94,6 +95,8 @@ def build(config: DictConfig, options: RunOptions) -> Report | None:
     FileNotFoundError and DataError for input that is missing or cannot be read.
     """
     config["in"] = absolute(str(config["in"]))
+    if absolute(str(config.out)).rstrip("/") == config["in"].rstrip("/"):
+        raise ConfigError(f"out={config.out} is the folder that is read: give another one")
     try:
         task, distributor = make_task(config), make_distributor(config)
         if options.dry_run:
@@ -132,6 +135,8 @@ def print_report(task: BuildTask, report: Report) -> None:
     rank_zero_info(f"{task.out} {done}")
     for split, tally in report.splits.items():
         rank_zero_info(tally_text(split, tally))
+    if set(report.splits) == {"train"} and isinstance(task.source, Folder):
+        rank_zero_info("no val: source.val_share=0.1 would make a tenth of the captions one")
 
 
 @dataclass

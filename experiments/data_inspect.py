@@ -15,13 +15,14 @@ from rich.table import Table
 
 from dcar.data import stats as data_stats
 from dcar.data import verify as data_verify
+from dcar.data.build_unit import WORK
 from dcar.data.distributors import Tick
 from dcar.data.images import read_image
 from dcar.data.members import BadSample, DataError
 from dcar.data.samples import image_bytes, read_caption
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import read_manifest
-from dcar.data.storage import name_of, write_atomically
+from dcar.data.storage import exists, join, name_of, write_atomically
 from dcar.evaluation.data_charts import Cell, contact_sheet, stats_png
 from dcar.evaluation.pictures import save_png
 from experiments.config import ConfigError
@@ -63,6 +64,8 @@ def verify(config: DictConfig, options: RunOptions) -> data_verify.Report:
     if config.out and not options.dry_run:
         with write_atomically(config.out) as file:
             file.writelines(f"{line}\n".encode() for line in report.lines())
+    if exists(join(folder, WORK)):
+        raise DataError(f"{folder} holds an unfinished build: run the same data/build again")
     if altered := report.altered:
         named = ", ".join(altered[:NAMED_SHARDS])
         more = f" and {len(altered) - NAMED_SHARDS} more" if len(altered) > NAMED_SHARDS else ""

@@ -85,7 +85,11 @@ class BuildFolder:
         """Begin a build or go on with it. Raises ValueError where it is another build's."""
         settings = {**self.settings, "versions": self.versions}
         if exists(self._opened):
-            self._compare(json.loads(read_bytes(self._opened)), settings, "an unfinished build")
+            old = json.loads(read_bytes(self._opened))
+            if differences(old, settings) and not self._is_begun():
+                self._forget()  # nothing was built with those settings, which may have been wrong
+                return self.open()
+            self._compare(old, settings, "an unfinished build")
             self.sweep_partials()
             return
         if tars := [name for name in self.names() if name.endswith(".tar")]:
@@ -95,6 +99,16 @@ class BuildFolder:
                 "another folder"
             )
         self._save(SETTINGS, settings)
+
+    def _is_begun(self) -> bool:
+        """Whether an unfinished build has built anything yet."""
+        return any(name.endswith(".tar") or f"{WORK}/parts/" in name for name in self.names())
+
+    def _forget(self) -> None:
+        """Removes what other settings have left, but the lock that this build holds."""
+        for name in self.names():
+            if name.startswith(f"{WORK}/") and not name.endswith("/lock"):
+                remove(join(self.out, name))
 
     def close(self) -> None:
         """The manifest is written: the build is finished from the first line on."""
@@ -114,7 +128,7 @@ class BuildFolder:
         if clauses := differences(old, json.loads(json.dumps(new))):
             raise ValueError(
                 f"out={self.out} holds {what} with other settings: {'; '.join(clauses)}. "
-                "Use those settings or another folder"
+                "Use those settings, another folder, or delete this one to begin anew"
             )
 
     def _save(self, name: str, facts: Any) -> None:

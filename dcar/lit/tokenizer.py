@@ -13,6 +13,7 @@ from einops import rearrange
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from dcar.data.members import DataError
 from dcar.evaluation.metrics import ReconstructionMetrics
 from dcar.lit.base import BaseModule, train_only
 from dcar.lit.frozen import Frozen
@@ -98,6 +99,11 @@ class TokenizerModule(BaseModule):
                 self._initialize_codebook(quantizer)
             else:
                 rank_zero_info(f"{type(quantizer).__name__} sets its own codes: no k-means")
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        if "image" not in batch:
+            raise DataError("these shards hold tokens: a tokenizer trains on pictures")
+        return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         image = batch["image"]

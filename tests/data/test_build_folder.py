@@ -26,12 +26,24 @@ def test_differences_are_told_at_any_depth() -> None:
 def test_an_unfinished_build_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:
     folder(tmp_path).open()
     folder(tmp_path).open()
+    (tmp_path / "toy-train-000000.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="unfinished build .*resize was None, is 256") as refused:
         folder(tmp_path, resize=256).open()
     assert "source" not in str(refused.value)
     other = BuildFolder(str(tmp_path), "toy", settings=folder(tmp_path).settings, versions={})
     with pytest.raises(ValueError, match="versions.pillow was 1, is None"):
         other.open()
+
+
+def test_a_build_that_has_built_nothing_takes_other_settings_and_forgets_the_old(tmp_path) -> None:
+    folder(tmp_path).open()
+    work = tmp_path / ".build"
+    (work / "source").mkdir()
+    (work / "source" / "table.npy").write_bytes(b"of the old input")
+    (work / "lock").touch()
+    folder(tmp_path, resize=256).open()
+    assert '"resize": 256' in (work / "settings.json").read_text()
+    assert not (work / "source" / "table.npy").exists() and (work / "lock").exists()
 
 
 def test_a_finished_build_is_known_by_its_manifest_alone(tmp_path: Path) -> None:

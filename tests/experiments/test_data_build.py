@@ -158,6 +158,18 @@ def test_a_build_with_other_settings_is_refused_and_they_are_named(tmp_path, cap
     assert "resize was None, is 20" in error and "source.val_share was 0, is 0.5" in error
 
 
+def test_a_command_that_built_nothing_may_be_corrected(tmp_path: Path, capsys) -> None:
+    folder, out = pictures(tmp_path / "in", 2), tmp_path / "out"
+    assert main(arguments(tmp_path / "im", out)) == 3
+    assert main(arguments(folder, out)) == 0
+
+
+def test_shards_are_not_put_among_the_pictures(tmp_path: Path, capsys) -> None:
+    folder = pictures(tmp_path / "in", 2)
+    assert main(arguments(folder, folder)) == 2
+    assert "is the folder that is read" in capsys.readouterr().err
+
+
 # Real kills of a real command.
 
 

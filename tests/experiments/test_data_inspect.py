@@ -44,6 +44,13 @@ def test_a_folder_that_is_well_exits_with_0(folder: Path, capsys) -> None:
     assert capsys.readouterr().out == f"{folder}: 4 shards, 25 samples, all well\n"
 
 
+def test_an_unfinished_build_exits_with_3(folder: Path, capsys) -> None:
+    (folder / ".build").mkdir()
+    (folder / ".build" / "settings.json").write_text("{}")
+    assert main(["--exp=data/verify", f"in={folder}", "processes=1"]) == 3
+    assert "holds an unfinished build" in capsys.readouterr().err
+
+
 def test_a_changed_shard_exits_with_3_and_is_named(folder: Path, capsys, tmp_path: Path) -> None:
     path = folder / "train-000001.tar"
     whole = path.read_bytes()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcar.data.members import DataError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.last_checkpoint import LastCheckpoint
 from tests.toys import ToyData, ToyImages, collate, toy_stage, toy_trainer, weights
@@ -116,3 +117,8 @@ def test_stopping_and_resuming_is_bit_equal(stage: int, tmp_path: Path) -> None:
     for ours, theirs in zip(straight_trainer.optimizers, resumed_trainer.optimizers, strict=True):
         for key, state in ours.state_dict()["state"].items():
             assert torch.equal(state["exp_avg"], theirs.state_dict()["state"][key]["exp_avg"])
+
+
+def test_tokens_are_no_pictures_to_train_a_tokenizer_on() -> None:
+    with pytest.raises(DataError, match="a tokenizer trains on pictures"):
+        toy_stage(1).on_after_batch_transfer({"ids": torch.zeros(1, 2, 2), "key": ["a"]}, 0)
