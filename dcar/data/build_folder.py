@@ -31,16 +31,18 @@ from dcar.data.storage import (
 SETTINGS, UNITS = "settings.json", "units.json"
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """One clause per entry, at any depth, that is not the same in both."""
+def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of each entry, at any depth, that is not the same in both."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = sorted({*old, *new})
-        return [
-            clause
-            for name in keys
-            for clause in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{key} was {old}, is {new}"]
+        for name in sorted({*old, *new}):
+            yield from changes(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif old != new:
+        yield key, old, new
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """One clause per entry that has changed."""
+    return [f"{key} was {before}, is {now}" for key, before, now in changes(old, new)]
 
 
 class BuildFolder:
@@ -86,7 +88,7 @@ class BuildFolder:
         settings = {**self.settings, "versions": self.versions}
         if exists(self._opened):
             old = json.loads(read_bytes(self._opened))
-            if differences(old, settings) and not self._is_begun():
+            if differences(old, json.loads(json.dumps(settings))) and not self._is_begun():
                 self._forget()  # nothing was built with those settings, which may have been wrong
                 return self.open()
             self._compare(old, settings, "an unfinished build")

@@ -16,6 +16,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from dcar.data.build_folder import changes
 from dcar.data.members import DataError, Raw
 from dcar.data.shards import ShardEntry, ShardWriter, write_manifest
 from dcar.data.storage import (
@@ -49,13 +50,11 @@ def judge(dropped: Counter[str], tried: int, max_bad: float) -> None:
         )
 
 
-def differing(ours: Any, theirs: Any, name: str = "") -> list[str]:
+def differing(ours: Any, theirs: Any) -> list[str]:
     """What differs between two plain settings, as `tokenizer.fingerprint: 1 here, 2 there`."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        keys = sorted({*ours, *theirs})
-        found = [differing(ours.get(k), theirs.get(k), f"{name}.{k}".strip(".")) for k in keys]
-        return [line for lines in found for line in lines]
-    return [] if ours == theirs else [f"{name}: {ours!r} here, {theirs!r} there"]
+    return [
+        f"{name}: {here!r} here, {there!r} there" for name, here, there in changes(ours, theirs)
+    ]
 
 
 class Progress:
