@@ -36,10 +36,11 @@ class AverageWeights(Callback):
         self._network_copy(pl_module).load_state_dict(checkpoint["network"])
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
     ) -> None:
         if trainer.global_step > self.step:
-            self._update(pl_module)
+            if pl_module.verdict == "take":
+                self._update(pl_module)
             self.step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,7 +3,7 @@
 B batch, S image side, C latent channels, H W latent grid, L text length, E text width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from dcar.evaluation.metrics import GenerationMetrics
 from dcar.lit.base import BaseModule
 from dcar.lit.frozen import Frozen
 from dcar.lit.precompute import check_tokens, describe_tokens
+from dcar.lit.stepping import Losses
 from dcar.models.checkpoints import (
     CheckpointError,
     Model,
@@ -216,13 +217,12 @@ class MaskedARGenerator(BaseModule):
     def _autocast(self) -> AbstractContextManager[None]:
         return self.trainer.precision_plugin.forward_context()
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def losses(self, batch: dict[str, Any], batch_idx: int) -> Iterator[Losses]:
         text, text_mask = self._text(batch)  # (B, L, E), (B, L)
         terms = self.generator.losses(
             batch["ids"], batch["residual"], text, text_mask, self.draws(batch_idx)
         )
-        self.optimize(0, terms["loss"], batch_idx)
-        self.log_terms("train", terms, show=("loss", "token", "residual"))
+        yield Losses(0, terms["loss"], terms)
 
     def validation_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0

@@ -17,10 +17,16 @@ from dcar.data.members import DataError
 from dcar.evaluation.metrics import ReconstructionMetrics
 from dcar.lit.base import BaseModule, train_only
 from dcar.lit.frozen import Frozen
+from dcar.lit.stepping import Losses
 from dcar.models.checkpoints import load_strictly
 from dcar.models.kmeans import kmeans
 from dcar.models.losses import TokenizerCriterion, hinge_discriminator_loss
-from dcar.models.quantizer import VectorQuantizer, codebook_perplexity, codebook_usage
+from dcar.models.quantizer import (
+    VectorQuantizer,
+    codebook_perplexity,
+    codebook_usage,
+    count_codes,
+)
 from dcar.models.tokenizer import HybridTokenizer, Latents
 
 
@@ -105,43 +111,43 @@ class TokenizerModule(BaseModule):
             raise DataError("these shards hold tokens: a tokenizer trains on pictures")
         return super().on_after_batch_transfer(batch, dataloader_idx)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def losses(self, batch: dict[str, Any], batch_idx: int) -> Iterator[Losses]:
         image = batch["image"]
         latents = self.network.encode(image)
         recon = self.network.decode(self._mix(latents, batch_idx))  # (B, 3, S, S)
-        with_gan = self.discriminator is not None and self.global_step >= self.discriminator_start
-        terms = self._generator_step(recon, image, latents, batch_idx, with_gan=with_gan)
-        if with_gan:
-            terms |= self._discriminator_step(recon.detach(), image, batch_idx)
-        self.log_terms("train", terms, show=("loss", "l1", "lpips"))
-        self.log("codebook/batch_usage", codebook_usage(self._counts(latents.ids)))
+        usage = {"batch_usage": codebook_usage(count_codes(latents.ids, self.network.num_codes))}
+        self.log_terms("codebook", usage)
+        has_gan = self.discriminator is not None and self.global_step >= self.discriminator_start
+        fake_logits = self._judge(recon) if has_gan else None
+        terms = self.criterion.module(recon, image, latents, fake_logits)
+        yield Losses(0, terms["loss"], terms)
+        if has_gan:
+            yield self._discriminator_losses(recon.detach(), image)
 
     def _mix(self, latents: Latents, batch_idx: int) -> Tensor:
         """Each image's discrete or continuous latents, by a coin of `discrete_prob`."""
-        coin = self.draws(batch_idx).rand(len(latents.ids), 1, 1, 1)  # (B, 1, 1, 1)
-        if not self.per_image:
-            coin = coin[:1].expand_as(coin)
-        return torch.where(coin < self.discrete_prob, latents.discrete, latents.continuous)
+        draws = self.draws(batch_idx)
+        coin = draws.rand(len(latents.ids)) if self.per_image else draws.rand_of_step()  # (B,) (1,)
+        is_discrete = (coin < self.discrete_prob)[:, None, None, None]
+        return torch.where(is_discrete, latents.discrete, latents.continuous)
 
-    def _generator_step(
-        self, recon: Tensor, image: Tensor, latents: Latents, batch_idx: int, *, with_gan: bool
-    ) -> dict[str, Tensor]:
-        if with_gan:
-            assert self.discriminator is not None
-            with fixed(self.discriminator):
-                fake_logits = self.discriminator(recon)
-        terms = self.criterion.module(recon, image, latents, fake_logits if with_gan else None)
-        self.optimize(0, terms["loss"], batch_idx)
-        return terms
+    def _judge(self, recon: Tensor) -> Tensor:
+        assert self.discriminator is not None
+        with fixed(self.discriminator):
+            return self.discriminator(recon)
 
-    def _discriminator_step(
-        self, recon: Tensor, image: Tensor, batch_idx: int
-    ) -> dict[str, Tensor]:
+    def _discriminator_losses(self, recon: Tensor, image: Tensor) -> Losses:
         assert self.discriminator is not None
         real, fake = self.discriminator(torch.cat([image, recon])).chunk(2)
         loss = hinge_discriminator_loss(real, fake)
-        self.optimize(1, loss, batch_idx)
-        return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+        terms = {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+        return Losses(1, loss, terms)
+
+    def after_step(self) -> None:
+        self.network.quantizer.after_step()
+
+    def forget_batches(self) -> None:
+        self.network.quantizer.forget_batches()
 
     def validation_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
@@ -152,7 +158,7 @@ class TokenizerModule(BaseModule):
         discrete = self.network.decode(latents.discrete)
         hybrid = self.network.decode(latents.continuous)
         self.metrics[name].module.update(image, discrete, hybrid)
-        counts = self._counts(latents.ids)
+        counts = count_codes(latents.ids, self.network.num_codes)  # (K,)
         self.val_counts[name] = self.val_counts.get(name, torch.zeros_like(counts)) + counts
 
     def on_validation_epoch_end(self) -> None:
@@ -165,9 +171,6 @@ class TokenizerModule(BaseModule):
             self.last_counts[name] = counts
             usage, perplexity = codebook_usage(counts), codebook_perplexity(counts)
             self.log_terms("codebook", {f"{name}_usage": usage, f"{name}_perplexity": perplexity})
-
-    def _counts(self, ids: Tensor) -> Tensor:
-        return torch.bincount(ids.flatten(), minlength=self.network.num_codes)  # (K,)
 
     @torch.no_grad()
     def _initialize_codebook(self, quantizer: VectorQuantizer) -> None:

@@ -68,19 +68,20 @@ class HybridGenerator(nn.Module):
         text_mask (B, L) bool, True = a real token. `caption_drop` None means the constructor's:
         pass 0 to evaluate. `accuracy` is over masked tokens.
 
-        In training mode all means are over the batches of all ranks, so that averaged gradients
-        equal those of one process with the whole batch. In evaluation mode nothing waits for
-        another rank, and `token` is the plain cross-entropy of the masked tokens: no label
-        smoothing, no weight on the others.
+        In training mode all means are over the batches of all ranks and of all parts of the step,
+        so that averaged gradients equal those of one process with the whole batch. In evaluation
+        mode nothing waits for another rank, and `token` is the plain cross-entropy of the masked
+        tokens: no label smoothing, no weight on the others.
         """
         mask = self._draw_mask(ids, draws)  # (B, N)
+        masked = self._mean_masked(ids, mask, draws)
         drop = self.caption_drop if caption_drop is None else caption_drop
         text = self._drop_captions(text, drop, draws)
         output = self.transformer(self._hide(ids, mask), text, text_mask)
-        terms = self._token_terms(output.logits, ids.flatten(1), mask)
+        terms = self._token_terms(output.logits, ids.flatten(1), mask, masked)
         if self.residual_head is None:
             return {"loss": terms["token"], **terms}
-        terms["residual"] = self._residual_term(residual, output, mask, draws)
+        terms["residual"] = self._residual_term(residual, output, mask, masked, draws)
         return {"loss": terms["token"] + self.residual_weight * terms["residual"], **terms}
 
     def _draw_mask(self, ids: Tensor, draws: Draws) -> Tensor:
@@ -97,23 +98,43 @@ class HybridGenerator(nn.Module):
         null = self.transformer.null_text[: text.shape[1]].to(text.dtype)  # (L, E)
         return torch.where(is_dropped, null, text)
 
-    def _token_terms(self, logits: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        total, weight = masked_token_loss(
+    def _mean_masked(self, ids: Tensor, mask: Tensor, draws: Draws) -> Tensor:
+        """How many tokens are masked, a scalar: here, or in training on average over the step.
+
+        The other parts of the step are taken to have this part's shape.
+        """
+        if not self.training:
+            return mask.sum().float()
+        masks = [mask]
+        if draws.parts > 1:
+            masks = [self._draw_mask(ids, part) for part in draws.of_every_part()]
+        return mean_over_ranks(torch.stack([part.sum().float() for part in masks]).mean())
+
+    def _token_terms(
+        self, logits: Tensor, ids: Tensor, mask: Tensor, masked: Tensor
+    ) -> dict[str, Tensor]:
+        unmasked_weight = self.unmasked_weight if self.training else 0.0
+        total, _ = masked_token_loss(
             logits,
             ids,
             mask,
             label_smoothing=self.label_smoothing if self.training else 0.0,
-            unmasked_weight=self.unmasked_weight if self.training else 0.0,
+            unmasked_weight=unmasked_weight,
         )
         correct = ((logits.detach().argmax(2) == ids) & mask).sum()
-        sums = torch.stack([weight.float(), mask.sum().float()])
-        weight, masked = mean_over_ranks(sums) if self.training else sums
+        weight = masked + unmasked_weight * (mask.numel() - masked)
         return {"token": total / weight, "accuracy": correct / masked}
 
     def _residual_term(
-        self, residual: Tensor, output: TransformerOutput, mask: Tensor, draws: Draws
+        self,
+        residual: Tensor,
+        output: TransformerOutput,
+        mask: Tensor,
+        masked: Tensor,
+        draws: Draws,
     ) -> Tensor:
         assert self.residual_head is not None
         target = rearrange(residual, "b c h w -> b (h w) c")
-        chosen = mask if self.residual_positions == "masked" else None
-        return self.residual_head.loss(target, output.hidden, draws, mask=chosen)
+        if self.residual_positions == "all":
+            return self.residual_head.loss(target, output.hidden, draws)
+        return self.residual_head.loss(target, output.hidden, draws, mask=mask, count=masked)

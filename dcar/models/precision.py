@@ -12,3 +12,12 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+def without_half(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast off where it would compute in fp16, whose largest number is 65,504."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    is_half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return torch.autocast(kind, enabled=False) if is_half else nullcontext()

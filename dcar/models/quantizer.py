@@ -30,6 +30,15 @@ class Quantized:
     loss: Tensor  # scalar
 
 
+@dataclass(frozen=True)
+class SeenBatch:
+    """What revival needs of one call in training mode."""
+
+    vectors: Tensor  # (M, C)
+    ids: Tensor  # (M,) int64
+    batch: int  # B: M = B*H*W
+
+
 def count_codes(ids: Tensor, num_codes: int) -> Tensor:
     """How often each code occurs, (K,) int64."""
     ids = ids.flatten()
@@ -105,6 +114,12 @@ class Quantizer(nn.Module, ABC):
     def perplexity(self) -> Tensor:
         return codebook_perplexity(self.counts)
 
+    def after_step(self) -> None:
+        """What is learned other than by gradients, after an optimizer step; on all ranks alike."""
+
+    def forget_batches(self) -> None:
+        """The batches since the last step had no step: nothing is learned from them."""
+
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
         """Codes (B, C, H, W) of ids (B, H, W)."""
@@ -116,8 +131,8 @@ class VectorQuantizer(Quantizer):
     With `normalize` latents and codes have length one, so `continuous` is the unit-length latent.
     `commitment` weighs the pull of latents to codes, `codebook_weight` that of codes to latents.
     `revival_decay` (0.99 in arXiv 2307.15139; None switches it off) is the decay of a running mean
-    of code usage; in training mode rarely used codes move onto latents of the batch, on all ranks
-    alike. Computes in fp32, whatever autocast says. ids tie to the lowest.
+    of code usage; rarely used codes move onto latents of the step's batches, on all ranks alike,
+    when `after_step` is called. Computes in fp32, whatever autocast says. ids tie to the lowest.
     """
 
     initialized: Tensor
@@ -146,6 +161,7 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("usage_mean", torch.zeros(num_codes))
         self.register_buffer("revivals", torch.tensor(0))
+        self.seen: list[SeenBatch] = []  # since the last step, where codes are revived
 
     def on_sphere(self, vectors: Tensor) -> Tensor:
         """Length one along the last axis, if this quantiser compares angles."""
@@ -155,8 +171,7 @@ class VectorQuantizer(Quantizer):
         with without_autocast(latent):
             batch, _, height, _ = latent.shape
             vectors = self.on_sphere(rearrange(latent.float(), "b c h w -> (b h w) c"))  # (M, C)
-            self.revive(vectors.detach(), batch)
-            ids = self.assign(vectors.detach())  # (M,)
+            ids = self.assign(vectors.detach(), batch)  # (M,)
             codes = self.on_sphere(F.embedding(ids, self.codebook))  # (M, C)
             loss = self.loss(vectors, codes)
             grid = {"b": batch, "h": height}
@@ -170,14 +185,13 @@ class VectorQuantizer(Quantizer):
             )
 
     @torch.no_grad()
-    def assign(self, vectors: Tensor) -> Tensor:
-        """Nearest code of each vector, (M,); usage is tallied on the way."""
+    def assign(self, vectors: Tensor, batch: int) -> Tensor:
+        """Nearest code of each vector, (M,), which is remembered for what comes after the step."""
         ids = nearest_codes(vectors, self.on_sphere(self.codebook.float()))[0]
         if not self.training:
             self.count(ids)
         elif self.revival_decay is not None:
-            counts = sum_over_ranks(count_codes(ids, self.num_codes)).float()
-            self.usage_mean.lerp_(counts / counts.sum(), 1 - self.revival_decay)
+            self.seen.append(SeenBatch(vectors, ids, batch))
         return ids
 
     def loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
@@ -190,15 +204,27 @@ class VectorQuantizer(Quantizer):
         return loss
 
     @torch.no_grad()
-    def revive(self, vectors: Tensor, batch: int) -> None:
-        """Move rarely used codes onto latents of the global batch (arXiv 2307.15139).
+    def after_step(self) -> None:
+        """Tally the step's codes and move rarely used ones onto its latents (arXiv 2307.15139).
 
-        Runs before codes are looked up, so that `discrete` still equals `lookup(ids)` afterwards.
-        A new codebook has no usage, so its first batch replaces it whole.
+        Between steps, so that `discrete` equals `lookup(ids)` while gradients flow, and that a
+        batch in several parts does what it does in one. A new codebook has no usage: of it only the
+        codes that the first step used stay where they are.
         """
-        if not self.training or self.revival_decay is None:
+        if self.revival_decay is None or not self.seen:
             return
-        vectors = gather_over_ranks(vectors, batch)
+        ids = torch.cat([seen.ids for seen in self.seen])
+        counts = sum_over_ranks(count_codes(ids, self.num_codes)).float()
+        self.usage_mean.lerp_(counts / counts.sum(), 1 - self.revival_decay)
+        self._revive(torch.cat([gather_over_ranks(s.vectors, s.batch) for s in self.seen]))
+        self.forget_batches()
+
+    def forget_batches(self) -> None:
+        self.seen.clear()
+
+    def _revive(self, vectors: Tensor) -> None:
+        """vectors (M, C): latents of the step's whole batch, in the order of one process."""
+        assert self.revival_decay is not None
         # A hash of (code, step) picks the latents: the same on every rank, no generator to resume.
         steps = self.revivals * HASH_FACTORS[1]
         picks = torch.arange(self.num_codes, device=vectors.device) * HASH_FACTORS[0] + steps

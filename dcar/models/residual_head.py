@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dcar.models.denoiser import Denoiser
 from dcar.models.diffusion import add_noise, ancestral_step, diffusion_loss, noise_schedule
-from dcar.models.distributed import mean_over_ranks
 from dcar.models.draws import Draws
 from dcar.models.precision import without_autocast
 
@@ -98,13 +97,19 @@ class BaseResidualHead(nn.Module, ABC):
         self.scale.fill_(scale)
 
     def loss(
-        self, residual: Tensor, hidden: Tensor, draws: Draws, *, mask: Tensor | None = None
+        self,
+        residual: Tensor,
+        hidden: Tensor,
+        draws: Draws,
+        *,
+        mask: Tensor | None = None,
+        count: Tensor | None = None,
     ) -> Tensor:
         """Mean loss over all positions, or over those of `mask` (B, N): a scalar in fp32.
 
         residual (B, N, C) unscaled; hidden (B, N, D), gradients flow into it. Every position is
-        used `batch_mul` times with different noise. With a mask the mean is over the masked
-        positions of all ranks.
+        used `batch_mul` times with different noise. With a mask the sum over its positions is
+        divided by `count`, a scalar: by the number of its positions where that is None.
         """
         self._require_scale()
         batch, tokens, _ = residual.shape
@@ -122,8 +127,7 @@ class BaseResidualHead(nn.Module, ABC):
         losses = rearrange(losses, "(b k n) -> b k n", b=batch, n=tokens).mean(1)  # (B, N)
         if mask is None:
             return losses.mean()
-        count = mask.sum().float()
-        count = mean_over_ranks(count) if self.training else count
+        count = mask.sum().float() if count is None else count
         return (losses * mask).sum() / count.clamp(min=1)
 
     @torch.no_grad()

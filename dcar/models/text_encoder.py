@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from dcar.models.precision import without_autocast
+from dcar.models.precision import without_autocast, without_half
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # ByT5 (arXiv 2105.13626): bytes follow three special tokens in the vocabulary
@@ -121,10 +121,11 @@ class ByteT5TextEncoder(nn.Module):
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         _check_captions(captions)
         ids, mask = (part.to(self.model.device) for part in byte_ids(captions, self.max_tokens))
-        embedded = self.model.embed_tokens(ids)  # (B, L, E)
-        if self.words is not None:
-            embedded = embedded + self.words(ids)
-        hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+        with without_half(ids):  # T5's feed-forward layers leave the range of fp16
+            embedded = self.model.embed_tokens(ids)  # (B, L, E)
+            if self.words is not None:
+                embedded = embedded + self.words(ids)
+            hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         return hidden, mask
 
 

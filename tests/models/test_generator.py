@@ -175,6 +175,18 @@ def test_gradients_of_two_ranks_average_to_those_of_one_process(
         assert torch.allclose(one, sum(split) / 2, atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_gradients_of_two_parts_of_a_step_average_to_those_of_the_whole(positions: str) -> None:
+    generator, inputs = build(residual_positions=positions, caption_drop=0.5), data()
+    whole = gradients(generator, inputs, Draws(11))
+    parts = [
+        gradients(generator, tuple(i.chunk(2)[part] for i in inputs), Draws(11, part=part, parts=2))
+        for part in range(2)
+    ]
+    for one, *split in zip(whole, *parts, strict=True):
+        assert torch.allclose(one, sum(split) / 2, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

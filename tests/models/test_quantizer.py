@@ -1,5 +1,6 @@
 """The vector quantiser: identities, precision, losses, counting, revival on one rank and on two."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,7 @@ def test_dead_codes_come_back_to_life_only_with_revival() -> None:
         quantizer = make_quantizer(num_codes=64, revival_decay=decay)
         for step in range(3):
             quantizer(narrow_latents(step))
+            quantizer.after_step()
         shares[decay] = used_share(quantizer)
     assert shares[None] < 0.3
     assert shares[0.99] > 0.9
@@ -198,11 +200,13 @@ def test_dead_codes_come_back_to_life_only_with_revival() -> None:
 
 def test_one_dead_code_moves_onto_a_latent_and_busy_ones_stay() -> None:
     quantizer = make_quantizer(num_codes=4, revival_decay=0.99)
-    quantizer.initialize(torch.eye(8)[:4])
+    quantizer.initialize(torch.eye(8)[:4] * torch.tensor([[1], [1], [1], [-1]]))  # nobody's
     quantizer.usage_mean[3] = 0.0
     latent = F.normalize(narrow_latents(0), dim=1)
     before = quantizer.codebook.detach().clone()
     quantizer(latent)
+    assert torch.equal(quantizer.codebook, before)  # what was looked up stays until the step
+    quantizer.after_step()
     after = quantizer.codebook.detach()
     torch.testing.assert_close(after[:3], before[:3])
     vectors = latent.permute(0, 2, 3, 1).reshape(-1, 8)
@@ -210,19 +214,48 @@ def test_one_dead_code_moves_onto_a_latent_and_busy_ones_stay() -> None:
 
 
 def test_a_dead_code_tries_another_latent_at_each_step() -> None:
-    quantizer = make_quantizer(num_codes=1, revival_decay=0.99)
+    quantizer = make_quantizer(num_codes=2, revival_decay=0.99)
     tried = []
     for _ in range(5):
         quantizer.usage_mean.zero_()
+        quantizer.initialize(torch.stack([torch.ones(8), -torch.ones(8)]))
+        quantizer.usage_mean[1] = 0.0
         quantizer(narrow_latents(0))
-        tried.append(quantizer.codebook.detach().clone())
+        quantizer.after_step()
+        tried.append(quantizer.codebook[1:].detach().clone())
     assert torch.cat(tried).unique(dim=0).shape[0] == 5
+
+
+def test_a_step_in_parts_moves_the_codes_that_the_whole_batch_moves() -> None:
+    torch.manual_seed(4)
+    whole = make_quantizer(num_codes=32, revival_decay=0.9)
+    parts = copy.deepcopy(whole)
+    for step in range(5):
+        latent = narrow_latents(step)
+        whole(latent)
+        whole.after_step()
+        for part in latent.chunk(2):
+            parts(part)
+        parts.after_step()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], tensor, msg=name)
+
+
+def test_a_step_that_was_not_taken_leaves_the_codes() -> None:
+    quantizer = make_quantizer(num_codes=32, revival_decay=0.9)
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    quantizer(narrow_latents(0) * float("nan"))
+    quantizer.forget_batches()
+    quantizer.after_step()
+    for name, tensor in quantizer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_evaluation_and_a_switched_off_revival_never_touch_the_codebook() -> None:
     for quantizer in (make_quantizer(revival_decay=0.99).eval(), make_quantizer().train()):
         before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
         quantizer(torch.randn(2, 8, 4, 3))
+        quantizer.after_step()
         for name, tensor in quantizer.state_dict().items():
             assert torch.equal(tensor, before[name]), name
 
@@ -233,6 +266,7 @@ def train_on_rank(rank: int, world: int, folder: Path, steps: int = 10) -> None:
     quantizer = make_quantizer(num_codes=32, revival_decay=0.9)
     for step in range(steps):
         quantizer(narrow_latents(step)[rank::world])
+        quantizer.after_step()
     torch.save(quantizer.state_dict(), folder / f"{world}-{rank}.pt")
 
 

@@ -1,0 +1,120 @@
+"""Steps with a NaN or an infinity: never taken, on no rank, and what comes then is a choice."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+POLICIES = ("raise", "skip", "rollback")
+SMALLEST_SCALE = 1.0  # below it gradients do not overflow because they were scaled
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; the optimizer step was not taken."""
+
+
+class KeptBuffers:
+    """Buffers that a forward pass moves (running statistics), to be put back after a bad one."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self.buffers = [buffer for module in modules for buffer in module.buffers()]
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            kept.copy_(buffer)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            buffer.copy_(kept)
+
+
+@dataclass(frozen=True)
+class StepCheck:
+    """Whether a step may be taken: all ranks have the same."""
+
+    finite_losses: bool
+    finite_gradients: bool
+
+    @property
+    def passes(self) -> bool:
+        return self.finite_losses and self.finite_gradients
+
+
+def check_over_ranks(losses: Tensor, norms: Tensor) -> StepCheck:
+    """Judge a step by its losses and the norms of its gradients, both (n,), of every rank."""
+    flags = torch.stack([losses.isfinite().all(), norms.isfinite().all()]).float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+    finite_losses, finite_gradients = flags.bool().tolist()  # the one wait for the device in a step
+    return StepCheck(finite_losses, finite_gradients)
+
+
+class NonFiniteGuard:
+    """What is done about a step whose loss or gradient is NaN or infinite.
+
+    policy: "raise" ends the training with NonFiniteError, "skip" goes on with the next batches,
+        "rollback" also takes weights, optimizers and averages from the last checkpoint.
+    limit: bad steps in a row that end the training under every policy.
+    folder: where flight records are written, None for none. records: at most so many a run.
+
+    In fp16 a gradient may overflow because of the loss scale alone. Such a step is skipped and the
+    scale halved, whatever the policy, as long as the losses are finite and the scale is above 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: str = "raise",
+        limit: int = 10,
+        folder: str | Path | None = None,
+        records: int = 3,
+    ):
+        if policy not in POLICIES:
+            raise ValueError(f"policy={policy!r} is not one of {', '.join(POLICIES)}")
+        if limit < 1:
+            raise ValueError(f"limit={limit} must be at least 1")
+        self.policy, self.limit = policy, limit
+        self.folder = None if folder is None else Path(folder)
+        self.records = records
+        self.skipped = self.overflowed = self.in_a_row = 0
+        self.scales: deque[dict[str, Any]] = deque(maxlen=200)  # loss scale of the last steps
+
+    def judge(self, check: StepCheck, *, step: int, scale: float | None) -> str:
+        """What becomes of a step: "take", "overflow" (skip, the scale is at fault) or a policy."""
+        verdict = self._verdict(check, scale)
+        if scale is not None:
+            self.scales.append({"step": step, "scale": scale, "verdict": verdict})
+        if verdict == "take":
+            self.in_a_row = 0
+            return verdict
+        self.skipped += 1
+        self.overflowed += verdict == "overflow"
+        self.in_a_row += verdict != "overflow"
+        return "raise" if self.in_a_row >= self.limit else verdict
+
+    def _verdict(self, check: StepCheck, scale: float | None) -> str:
+        if check.passes:
+            return "take"
+        if check.finite_losses and scale is not None and scale > SMALLEST_SCALE:
+            return "overflow"
+        return self.policy
+
+    def describe(self, check: StepCheck, *, step: int) -> str:
+        """The sentence of an error or a warning."""
+        what = "a gradient" if check.finite_losses else "the loss"
+        row = f", {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
+        return f"{what} is not finite at step {step}{row}"
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "overflowed": self.overflowed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.overflowed = state["skipped"], state["overflowed"]
