@@ -3,8 +3,10 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -38,6 +40,14 @@ def death_of_worker(error: RuntimeError) -> DataError | None:
     if "DataLoader worker (pid" not in str(error):
         return None
     return DataError(f"a process that reads data has died: {' '.join(str(error).split())}")
+
+
+def name_the_dead(workers: Sequence[BaseProcess]) -> str:
+    """The sentence that tells which of the workers is gone, waiting a moment for its exit."""
+    wait([worker.sentinel for worker in workers], timeout=5)
+    dead = [worker.pid for worker in workers if not worker.is_alive()]
+    pids = ", ".join(map(str, dead or [worker.pid for worker in workers]))
+    return f"a process that reads data has died: DataLoader worker (pid(s) {pids})"
 
 
 class ShardLoader(DataLoader):
@@ -109,8 +119,7 @@ class ShardLoader(DataLoader):
                 raise
             raise death from error
         except (ConnectionError, EOFError) as error:  # it died while a batch was handed over
-            pids = [worker.pid for worker in getattr(batches, "_workers", [])]
-            raise DataError(f"a process that reads data, one of pid(s) {pids}, has died") from error
+            raise DataError(name_the_dead(getattr(batches, "_workers", []))) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data. epoch, batches: handed out in it on this rank. units: taken by all ranks

@@ -1,7 +1,9 @@
 """Loaders: how far they have got, taken up exactly, by as many ranks and workers as there are."""
 
+import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data._utils import signal_handling
 
 from dcar.data.buckets import Buckets
-from dcar.data.loader import ShardLoader, death_of_worker
+from dcar.data.loader import ShardLoader, death_of_worker, name_the_dead
 from dcar.data.members import DataError
 from dcar.data.transforms import ImageTransform
 from tests.shards import UNEVEN, build, everything, keys, loader_of, same, stream, take
@@ -290,6 +292,20 @@ def test_only_the_death_of_a_worker_is_taken_for_one():
     )
     for other in ("CUDA out of memory", "Caught RuntimeError in DataLoader worker process 0. ..."):
         assert death_of_worker(RuntimeError(other)) is None
+
+
+def test_of_several_workers_the_dead_one_is_named():
+    """As where the death breaks the pipe through which a batch comes."""
+    workers = [multiprocessing.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        os.kill(workers[1].pid, signal.SIGKILL)
+        assert name_the_dead(workers) == (
+            f"a process that reads data has died: DataLoader worker (pid(s) {workers[1].pid})"
+        )
+    finally:
+        workers[0].kill()
 
 
 def test_workers_that_are_spawned_know_their_rank(shards, monkeypatch):
