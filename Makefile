@@ -22,7 +22,7 @@ quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write 
 	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
 
 test: test-fast  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile
 
 test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
