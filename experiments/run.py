@@ -11,16 +11,20 @@ Exit codes: 0 done, 2 usage or configuration, 3 data, 4 non-finite training, 130
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
 from dcar.data.members import DataError
-from dcar.lit.base import NonFiniteError
+from dcar.lit.guard import NonFiniteError
 from dcar.lit.last_checkpoint import Interrupted
 from dcar.models.checkpoints import CheckpointError
 from experiments.config import ConfigError, experiment_names, first_comment, load_config
@@ -92,19 +96,50 @@ def quieten() -> None:
         )
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Interrupted wherever nothing that is running has its own way to stop."""
+
+    process = os.getpid()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a forked child: it has nothing to tell
+            os._exit(128 + signum)
+        raise Interrupted(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def report(stop: Interrupted) -> int:
+    """Says how to go on, and gives the exit code."""
+    further = "the same command goes on from here (trainings: with --ckpt=auto)"
+    if stop.requeued:
+        further = "the job is queued again"
+    print(f"\n{stop}; {further}", file=sys.stderr)
+    return stop.exit_code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and turn failures into exit codes: one line for bad input, a traceback for bugs."""
     quieten()
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
+        with terminable():
+            run(sys.argv[1:] if arguments is None else arguments)
     except Interrupted as stop:
-        print(
-            f"\n{stop}; the same command goes on from here (trainings: with --ckpt=auto)",
-            file=sys.stderr,
-        )
-        return 128 + stop.signum
+        return report(stop)
     except KeyboardInterrupt:
         return 130
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C before and after the training loop
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
+        raise
     except tuple(EXIT_CODES) as error:
         if os.environ.get("DCAR_TRACEBACK"):
             raise

@@ -1,9 +1,14 @@
 """How a training is spread over devices, from the config's trainer node."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from dcar.lit.sharding import ShardedStrategy
+
+STRATEGIES = ("auto", "ddp", "fsdp2")
 
 
 def device_count(settings: dict[str, Any]) -> int:
@@ -16,12 +21,49 @@ def device_count(settings: dict[str, Any]) -> int:
     return count * int(settings["num_nodes"])
 
 
-def resolve_strategy(settings: dict[str, Any], *, alternates: bool) -> str | Strategy:
-    """`auto` with several processes is DDP.
+def data_parallel(*, alternates: bool, timeout: timedelta) -> DDPStrategy:
+    """DDP for manual optimisation.
 
-    alternates: each backward pass reaches only some of the parameters (a network and its
-        discriminator in turn), which DDP must be told.
+    Buffers are not sent around: codebook statistics are reduced where they arise and SyncBN has the
+    same ones everywhere, while in validation ranks with another number of batches would be waited
+    for. No static graph: it must see all gradients in the first backward pass, which `no_sync` and
+    a second optimizer forbid, and no parameter of ours goes unused where there is only one.
     """
-    if settings["strategy"] != "auto" or device_count(settings) == 1:
-        return str(settings["strategy"])
-    return DDPStrategy(find_unused_parameters=alternates)
+    return DDPStrategy(
+        find_unused_parameters=alternates,
+        gradient_as_bucket_view=not alternates,  # gradients must outlive the other's backward pass
+        broadcast_buffers=False,
+        timeout=timeout,
+    )
+
+
+def resolve_strategy(settings: dict[str, Any], *, alternates: bool) -> str | Strategy:
+    """`ddp`, `fsdp2` (the generator in pieces), or `auto`: DDP where there are several processes.
+
+    Takes `timeout_minutes`, which is not Lightning's, out of `settings`: after so long a rank that
+    others wait for counts as lost. alternates: each backward pass reaches only some of the
+    parameters (a network and its discriminator in turn), which DDP must be told. Raises ValueError
+    for another strategy, and for fsdp2 in fp16.
+    """
+    name, ranks = settings["strategy"], device_count(settings)
+    timeout = timedelta(minutes=float(settings.pop("timeout_minutes")))
+    if name not in STRATEGIES:
+        raise ValueError(f"trainer.strategy={name} is not one of {', '.join(STRATEGIES)}")
+    if name == "fsdp2":
+        if settings["precision"] not in ("32-true", "bf16-mixed"):
+            raise ValueError(
+                f"trainer.precision={settings['precision']} with trainer.strategy=fsdp2: its "
+                "gradients are not scaled; take bf16-mixed or 32-true"
+            )
+        return ShardedStrategy(ranks=ranks, timeout=timeout)
+    if name == "auto" and ranks == 1:
+        return "auto"
+    return data_parallel(alternates=alternates, timeout=timeout)
+
+
+def syncs_batchnorm(settings: dict[str, Any]) -> bool:
+    """`auto`: statistics of the batch over all ranks where there are several GPUs, not on CPUs."""
+    if settings["sync_batchnorm"] != "auto":
+        return bool(settings["sync_batchnorm"])
+    on_gpu = torch.cuda.is_available() and settings["accelerator"] != "cpu"
+    return on_gpu and device_count(settings) > 1

@@ -9,12 +9,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.lit.base import BaseModule
 from dcar.lit.callbacks import ConfigText
+from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.generator import MaskedARGenerator
+from dcar.lit.lineage import model_lineage
+from dcar.lit.precision import precision_plugin
 from dcar.models.checkpoints import (
     PARTS,
     CheckpointError,
@@ -23,8 +27,10 @@ from dcar.models.checkpoints import (
     save_model,
 )
 from experiments.config import ConfigError, quick_dtype
+from experiments.lineage import lineage_of
+from experiments.resume import find_resume, finished, first_logged_step
 from experiments.run import RunOptions
-from experiments.strategy import device_count, resolve_strategy
+from experiments.strategy import resolve_strategy, syncs_batchnorm
 
 
 def build(node: Any, **arguments: Any) -> Any:
@@ -50,40 +56,31 @@ def resolve_precision(precision: str) -> str:
     return "bf16-mixed" if quick_dtype() == "bfloat16" else "32-true"
 
 
-def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:
-    """The checkpoint to go on from. Raises CheckpointError where a named one is not there."""
-    folder = Path(config.output_dir) / "checkpoints"
-    if ckpt in (None, "auto"):
-        last = folder / "last.ckpt"
-        return last if ckpt == "auto" and last.exists() else None
-    path = folder / f"{ckpt}.ckpt" if ckpt in ("last", "best") else Path(str(ckpt))
-    if not path.is_file():
-        raise CheckpointError(f"--ckpt {ckpt}: there is no checkpoint at {path}")
-    return path
-
-
-def finished(path: Path | None, config: DictConfig) -> bool:
-    """Whether all steps are taken and what comes after them has been written."""
-    if path is None or not (Path(config.output_dir) / "metrics.json").exists():
-        return False
-    return read_checkpoint(path)["global_step"] >= config.max_steps
-
-
-def build_trainer(config: DictConfig, module: BaseModule, options: RunOptions) -> Trainer:
+def build_trainer(
+    config: DictConfig, module: BaseModule, options: RunOptions, *, resume: Path | None = None
+) -> Trainer:
     settings = cast(dict[str, Any], OmegaConf.to_container(config.trainer, resolve=True))
     settings["precision"] = resolve_precision(str(settings["precision"]))
     settings["strategy"] = resolve_strategy(settings, alternates=len(module.optimized()) > 1)
-    if settings["sync_batchnorm"] == "auto":
-        settings["sync_batchnorm"] = torch.cuda.is_available() and device_count(settings) > 1
+    settings["sync_batchnorm"] = syncs_batchnorm(settings)
+    plugins: list[Any] = [DurableCheckpointIO()]
+    if SLURMEnvironment.detect():  # a job is queued again by LastCheckpoint
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    plugin = precision_plugin(settings["precision"], settings["accelerator"])
+    if plugin is not None:
+        settings.pop("precision")
+        plugins.append(plugin)
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
     for callback in callbacks:
         if isinstance(callback, ConfigText):
             callback.text = OmegaConf.to_yaml(config, resolve=True)
     if options.dry_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks)
-    loggers = [build(node) for node in config.loggers.values()]
-    return Trainer(**settings, callbacks=callbacks, logger=loggers)
+        return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks, plugins=plugins)
+    # what was logged after the checkpoint will be logged again
+    purge = {"purge_step": first_logged_step(read_checkpoint(resume))} if resume else {}
+    loggers = [build(node, **purge) for node in config.loggers.values()]
+    return Trainer(**settings, callbacks=callbacks, logger=loggers, plugins=plugins)
 
 
 def model_config(config: DictConfig) -> dict[str, Any]:
@@ -105,10 +102,18 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     datamodule: LightningDataModule = build(config.data)
     module: BaseModule = build(config.module)
     module.plain_config = model_config(config)
+    module.run_config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     if resume is not None:  # Lightning's own error lists no shapes
         load_strictly(module, read_checkpoint(resume)["state_dict"], source=resume)
-    trainer = build_trainer(config, module, options)
+    trainer = build_trainer(config, module, options, resume=resume)
     if not options.dry_run:
+        module.lineage = lineage_of(
+            config,
+            resumed=resume,
+            datamodule=datamodule,
+            precision=str(trainer.precision),
+            world_size=trainer.world_size,
+        )
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
@@ -146,8 +151,9 @@ def write_facts(
 def export(module: MaskedARGenerator, config: DictConfig) -> None:
     """The averaged generator with its tokenizer as a model folder, ready for `--exp=sample`."""
     folder = Path(config.output_dir)
-    module.load_network(folder / "checkpoints" / "last.ckpt", expected=("MaskedARGenerator",))
-    save_model(module.model(), folder / "model")
+    last = folder / "checkpoints" / "last.ckpt"
+    module.load_network(last, expected=(type(module).__name__,))
+    save_model(module.model(), folder / "model", lineage=model_lineage(last))
 
 
 def without_missing_weights(config: DictConfig) -> DictConfig:

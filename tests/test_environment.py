@@ -29,6 +29,7 @@ OPTIONAL = {
     "imagehash": ["imagehash"],
     "pyarrow": ["pyarrow"],
     "ray": ["ray"],
+    "peft": ["peft"],
     "s3fs": ["s3fs"],
     "gcsfs": ["gcsfs"],
     "resvg_py": ["resvg-py"],

@@ -9,6 +9,15 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dcar.lit.sharding import (
+    hold_pieces,
+    is_sharded,
+    load_whole,
+    own_piece,
+    shard_network,
+    whole_state,
+)
+
 
 class AverageWeights(Callback):
     """Averages `module.network` after each optimizer step and lends the average to validation.
@@ -27,13 +36,20 @@ class AverageWeights(Callback):
         self.average: nn.Module | None = None
         self.step = self.updates = 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._network_copy(pl_module).to(pl_module.device)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._network_copy(pl_module)  # a sharded network, as it may be later, has no copy
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        average = self._network_copy(pl_module).to(pl_module.device)
+        if is_sharded(pl_module.network) and not is_sharded(average):
+            mesh = pl_module.device_mesh["data_parallel"]
+            shard_network(average, mesh, module_name=type(pl_module).__name__)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._network_copy(pl_module).load_state_dict(checkpoint["network"])
+        load_whole(self._network_copy(pl_module), checkpoint["network"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
@@ -53,7 +69,7 @@ class AverageWeights(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.updates:
-            checkpoint["network"] = self._network_copy(pl_module).state_dict()
+            checkpoint["network"] = whole_state(self._network_copy(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "updates": self.updates}
@@ -71,7 +87,8 @@ class AverageWeights(Callback):
         average, live = self._network_copy(pl_module), pl_module.network
         warm = (1 + self.updates) / (10 + self.updates) if self.updates else 0.0
         update = get_ema_multi_avg_fn(min(self.decay, warm))
-        update(list(average.parameters()), list(live.parameters()), self.updates)
+        ours, theirs = ([own_piece(p) for p in part.parameters()] for part in (average, live))
+        update(ours, theirs, self.updates)
         for kept, buffer in zip(average.buffers(), live.buffers(), strict=True):
             kept.copy_(buffer)
         self.updates += 1
@@ -82,6 +99,7 @@ class AverageWeights(Callback):
         if not self.updates:
             return
         average = self._network_copy(pl_module)
+        hold_pieces(pl_module.network)  # the average is in such ones too
         for ours, theirs in zip(average.parameters(), pl_module.network.parameters(), strict=True):
             kept = theirs.clone()
             theirs.copy_(ours)

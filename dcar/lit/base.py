@@ -8,6 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcar.data.batches import in_unit_range
+from dcar.lit.compilation import compile_backend, compile_parts
+from dcar.lit.lineage import utc_now
+from dcar.lit.sharding import is_sharded, shard_network, whole_state
 from dcar.lit.stepping import SteppingModule
 from dcar.models.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from dcar.models.draws import Draws
@@ -29,19 +32,31 @@ def train_only(network: nn.Module, parts: Iterable[str]) -> None:
 class BaseModule(SteppingModule):
     """What the trainings share beside their steps: random numbers, weights, checkpoints.
 
-    seed: of every random draw in training steps (together with epoch and batch index). The other
-    arguments are those of `SteppingModule`.
+    seed: of every random draw in training steps (together with epoch and batch index). compile:
+    whether networks go through torch.compile, or the backend for it. The other arguments are those
+    of `SteppingModule`.
     """
 
-    def __init__(self, *, seed: int = 0, **stepping: Any):
+    def __init__(self, *, seed: int = 0, compile: bool | str = False, **stepping: Any):
         super().__init__(**stepping)
         self.seed = seed
+        self.backend = compile_backend(compile)
         self.plain_config: dict[str, Any] = {}  # set by the experiment, saved with the weights
+        self.lineage: dict[str, Any] = {}  # set by the experiment, saved with the weights
         self.validated_step = -1
 
     def frozen(self) -> list[Any]:
         """Unregistered modules that must follow this one's device."""
         return []
+
+    def configure_model(self) -> None:
+        """Compile what takes the time, and split the network where the strategy asks for that."""
+        if self.backend is not None:
+            for module in (self, *(frozen.module for frozen in self.frozen())):
+                compile_parts(module, backend=self.backend)
+        if self.device_mesh is not None and not is_sharded(self.network):
+            mesh = self.device_mesh["data_parallel"]
+            shard_network(self.network, mesh, module_name=type(self).__name__)
 
     def setup(self, stage: str) -> None:
         for module in self.frozen():
@@ -96,10 +111,10 @@ class BaseModule(SteppingModule):
             "module": type(self).__name__,
             "config": self.plain_config,
             "guard": self.guard.state_dict(),
+            "lineage": self.lineage | {"saved": utc_now()} if self.lineage else {},
         }
-        checkpoint.setdefault(
-            "network", self.network.state_dict()
-        )  # averaged, where averages exist
+        if "network" not in checkpoint:  # averaged, where averages exist
+            checkpoint["network"] = whole_state(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint["dcar"]["guard"])

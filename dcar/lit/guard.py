@@ -21,40 +21,57 @@ class NonFiniteError(RuntimeError):
 class KeptBuffers:
     """Buffers that a forward pass moves (running statistics), to be put back after a bad one."""
 
-    def __init__(self, modules: Iterable[nn.Module]):
-        self.buffers = [buffer for module in modules for buffer in module.buffers()]
-        self.kept = [buffer.clone() for buffer in self.buffers]
-
     @torch.no_grad()
-    def keep(self) -> None:
-        for kept, buffer in zip(self.kept, self.buffers, strict=True):
-            kept.copy_(buffer)
+    def __init__(self, modules: Iterable[nn.Module]):
+        self.kept = [
+            (module, {name: buffer.clone() for name, buffer in module.named_buffers()})
+            for module in modules
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for kept, buffer in zip(self.kept, self.buffers, strict=True):
-            buffer.copy_(kept)
+        for module, kept in self.kept:
+            for name, buffer in module.named_buffers():
+                buffer.copy_(kept[name])
 
 
 @dataclass(frozen=True)
 class StepCheck:
-    """Whether a step may be taken: all ranks have the same."""
+    """Whether a step may be taken: all ranks have the same, but for what is their own."""
 
     finite_losses: bool
     finite_gradients: bool
+    own_losses: bool = True  # are those of this rank finite?
+    own_gradients: bool = True
 
     @property
     def passes(self) -> bool:
         return self.finite_losses and self.finite_gradients
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank has what is at fault: a loss, or a gradient where losses are finite."""
+        return not (self.own_gradients if self.finite_losses else self.own_losses)
+
 
 def check_over_ranks(losses: Tensor, norms: Tensor) -> StepCheck:
     """Judge a step by its losses and the norms of its gradients, both (n,), of every rank."""
-    flags = torch.stack([losses.isfinite().all(), norms.isfinite().all()]).float()
+    own = torch.stack([losses.isfinite().all(), norms.isfinite().all()]).float()
+    flags = own.clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flags, op=dist.ReduceOp.MIN)
-    finite_losses, finite_gradients = flags.bool().tolist()  # the one wait for the device in a step
-    return StepCheck(finite_losses, finite_gradients)
+    # the one wait for the device in a step
+    everywhere, here = torch.stack([flags, own]).bool().tolist()
+    return StepCheck(*everywhere, *here)
+
+
+def gather_over_ranks(value: Any) -> list[Any]:
+    """`value` of each rank, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 class NonFiniteGuard:
@@ -81,6 +98,8 @@ class NonFiniteGuard:
             raise ValueError(f"policy={policy!r} is not one of {', '.join(POLICIES)}")
         if limit < 1:
             raise ValueError(f"limit={limit} must be at least 1")
+        if records < 0:
+            raise ValueError(f"records={records} must be at least 0")
         self.policy, self.limit = policy, limit
         self.folder = None if folder is None else Path(folder)
         self.records = records
@@ -114,7 +133,8 @@ class NonFiniteGuard:
         return f"{what} is not finite at step {step}{row}"
 
     def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "overflowed": self.overflowed}
+        return {"skipped": self.skipped, "overflowed": self.overflowed, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.skipped, self.overflowed = state["skipped"], state["overflowed"]
+        self.in_a_row = state["in_a_row"]

@@ -1,38 +1,57 @@
 """Back to the state of the last checkpoint, while the data and the count of steps go on."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from dcar.lit.averaging import AverageWeights
-from dcar.lit.guard import NonFiniteError
+from dcar.lit.guard import NonFiniteError, gather_over_ranks
 from dcar.lit.last_checkpoint import LastCheckpoint
-from dcar.models.checkpoints import read_checkpoint
+from dcar.models.checkpoints import CheckpointError, read_checkpoint
+
+
+def _read_last(callbacks: list[Any]) -> tuple[dict[str, Any], Path | None, str]:
+    """The last checkpoint with its path, or why there is none; on all ranks or on none."""
+    last = next((c for c in callbacks if isinstance(c, LastCheckpoint)), None)
+    checkpoint, path, trouble = {}, None, "no callback writes a last.ckpt"
+    if last is not None:
+        try:
+            checkpoint, path, trouble = read_checkpoint(last.path), last.path, ""
+        except CheckpointError as error:
+            trouble = str(error)
+    troubles = [theirs for theirs in gather_over_ranks(trouble) if theirs]
+    return checkpoint, path, troubles[0] if troubles else ""
 
 
 def roll_back(trainer: Trainer, module: Any) -> None:
     """Weights, optimizers, averages and loss scale as `last.ckpt` has them, on every rank.
 
-    Raises NonFiniteError where no checkpoint has been written yet.
+    Learning rates stay with the step. Raises NonFiniteError on all ranks where one of them finds no
+    good checkpoint.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    last = next((c for c in callbacks if isinstance(c, LastCheckpoint)), None)
-    if last is None or not last.path.is_file():
+    checkpoint, path, trouble = _read_last(callbacks)
+    if trouble:
         raise NonFiniteError(
-            f"a step at {trainer.global_step} is not finite and there is no checkpoint to roll "
-            "back to: set module.guard.policy=skip or a smaller save_every"
+            f"step {trainer.global_step} is not finite and cannot be rolled back: {trouble}; set "
+            "module.guard.policy=skip or a smaller save_every"
         )
-    checkpoint = read_checkpoint(last.path)
     trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     trainer.strategy.load_optimizer_state_dict(checkpoint)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
     for callback in callbacks:
         if isinstance(callback, AverageWeights):
             callback.on_load_checkpoint(trainer, module, checkpoint)
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
     precision = trainer.precision_plugin
-    precision.load_state_dict(checkpoint.get(type(precision).__qualname__, {}))
-    rank_zero_warn(
-        f"back to the weights of step {checkpoint['global_step']} ({last.path}); the data go on",
-        stacklevel=2,
+    if state := checkpoint.get(type(precision).__qualname__):
+        precision.load_state_dict(state)
+    rank_zero_info(
+        f"back to the weights of step {checkpoint['global_step']} ({path}); the data go on"
     )

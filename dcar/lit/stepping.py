@@ -2,22 +2,30 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dcar.lit.flight_record import write_flight_record
-from dcar.lit.guard import KeptBuffers, NonFiniteError, NonFiniteGuard, check_over_ranks
+from dcar.lit.flight_record import StepBatch, write_flight_records
+from dcar.lit.guard import (
+    KeptBuffers,
+    NonFiniteError,
+    NonFiniteGuard,
+    StepCheck,
+    check_over_ranks,
+)
+from dcar.lit.random_states import random_states
 from dcar.lit.rollback import roll_back
 from dcar.lit.schedules import constant
+from dcar.lit.sharding import hold_pieces, whole
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,14 @@ def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _unscales_itself(optimizer: Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 class SteppingModule(LightningModule):
@@ -70,10 +86,11 @@ class SteppingModule(LightningModule):
         self.guard = NonFiniteGuard() if guard is None else guard
         self.run_config: dict[str, Any] = {}  # the whole experiment, for flight records
         self.verdict = "take"  # what became of the last step
-        self.window: list[tuple[dict[str, Any], int]] = []  # batches since the last step
-        self.window_losses: list[Tensor] = []
+        self.window: list[StepBatch] = []  # batches since the last step
+        self.window_losses: list[list[Tensor]] = []  # of each of them, one an optimizer
         self.stepping: list[Optimizer] = []
-        self.buffers_before: KeptBuffers | None = None
+        self.buffers_before = KeptBuffers([])
+        self.is_repeating = False
 
     def optimized(self) -> list[list[nn.Module]]:
         """One list of modules per optimizer; the first is the network's."""
@@ -106,24 +123,19 @@ class SteppingModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if not self.window:
-            self._keep_buffers()
-        self.window.append((batch, batch_idx))
+            self.buffers_before = KeptBuffers(m for part in self.optimized() for m in part)
+        self.window.append(StepBatch(batch, batch_idx, random_states(self.device)))
+        self.window_losses.append([])
         is_step = (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
         active = []
         for part in self.losses(batch, batch_idx):
             with self._reduced_over_ranks(is_step):
                 self.manual_backward(part.loss / self.accumulate)
-            self.window_losses.append(part.loss.detach())
+            self.window_losses[-1].append(part.loss.detach())
             self.log_terms("train", part.terms, show=("loss", "l1", "lpips", "token", "residual"))
             active.append(part.optimizer)
         if is_step:
             self._step(active)
-
-    def _keep_buffers(self) -> None:
-        if self.buffers_before is None:
-            modules = [module for part in self.optimized() for module in part]
-            self.buffers_before = KeptBuffers(modules)
-        self.buffers_before.keep()
 
     def _reduced_over_ranks(self, is_step: bool) -> AbstractContextManager[None]:
         """Only the last backward pass of a step sends gradients to the other ranks."""
@@ -144,54 +156,86 @@ class SteppingModule(LightningModule):
         if self.verdict == "take":
             for optimizer in self.stepping[1:]:
                 optimizer.step()
+            for index in active:
+                self._as_list(self.lr_schedulers())[index].step()
             self.after_step()
         else:
             self._recover(scale)
-        for index in active:
-            self._as_list(self.lr_schedulers())[index].step()
         self._start_window()
 
     def _recover(self, scale: float | None) -> None:
-        """Leave no trace of a step that was not taken, on all ranks alike."""
-        self.forget_batches()
-        assert self.buffers_before is not None
-        self.buffers_before.restore()
+        """One loss scale on all ranks, and the weights of before where the guard wants them."""
         if scale is not None:  # a rank whose own gradients were finite has not lowered its scale
-            self._set_scale(scale / 2 if self.verdict == "overflow" else scale)
+            factor = self._scaler().get_backoff_factor() if self.verdict == "overflow" else 1.0
+            self._set_scale(scale * factor)
         if self.verdict == "rollback":
             roll_back(self.trainer, self)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if optimizer is not self.stepping[0]:
             return
-        norms = torch.stack([self._unscaled_norm(one) for one in self.stepping])
-        check = check_over_ranks(torch.stack(self.window_losses), norms)
+        own_norms = [self._unscaled_norm(one) for one in self.stepping]
+        norms = torch.stack([whole(norm) for norm in own_norms])
+        losses = torch.stack([loss for part in self.window_losses for loss in part])
+        check = check_over_ranks(losses, norms)
         scale = self.loss_scale()
         self.verdict = self.guard.judge(check, step=self.global_step, scale=scale)
         self._log_step(norms, scale)
-        if self.verdict != "take":
-            self._report(self.guard.describe(check, step=self.global_step), check.finite_losses)
-            for one in self.stepping:
-                one.zero_grad(set_to_none=True)  # a step without gradients moves nothing
+        if self.verdict == "take":
+            for one, norm in zip(self.stepping, own_norms, strict=True):
+                self._clip(one, norm)
+            return
+        self._forget_forward()
+        if self.verdict != "overflow":  # which is a matter of course in fp16
+            self._report(check)
+        for one in self.stepping:
+            one.zero_grad(set_to_none=True)  # a step without gradients moves nothing
+
+    def _forget_forward(self) -> None:
+        """Undo what the forward passes of the step left behind."""
+        self.forget_batches()
+        self.buffers_before.restore()
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Forward passes in here are a second look: nothing is logged, learned or kept of them."""
+        self.is_repeating = True
+        try:
+            yield
+        finally:
+            self.is_repeating = False
+            hold_pieces(
+                self.network
+            )  # where they are sharded, a forward pass alone leaves some whole
+            self._forget_forward()
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        if not self.is_repeating:
+            super().log(*args, **kwargs)
 
     def _unscaled_norm(self, optimizer: Optimizer) -> Tensor:
-        """Norm of the optimizer's gradients, which are clipped to `gradient_clip`."""
+        """Norm of the optimizer's gradients, from which the loss scale has been taken."""
         scaler = self._scaler()
-        if scaler is not None and optimizer is not self.stepping[0]:  # Lightning unscales that one
+        # Lightning unscales the first, unless it is fused and would do that by itself
+        is_scaled = optimizer is not self.stepping[0] or _unscales_itself(optimizer)
+        if scaler is not None and is_scaled:
             scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = float("inf") if self.gradient_clip is None else self.gradient_clip
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
-    def _report(self, sentence: str, finite_losses: bool) -> None:
-        """A flight record, then an error or a warning; an overflow in fp16 is only counted."""
-        if self.verdict == "overflow":
-            return
-        path = write_flight_record(self, sentence, finite_losses=finite_losses)
-        sentence += f"; the record of it is {path}" if path is not None else ""
+    def _clip(self, optimizer: Optimizer, norm: Tensor) -> None:
+        if self.gradient_clip is not None:
+            parameters = _parameters(optimizer)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+
+    def _report(self, check: StepCheck) -> None:
+        """Flight records, then an error or a warning."""
+        sentence = self.guard.describe(check, step=self.global_step)
+        if records := write_flight_records(self, sentence, check):
+            sentence += f"; the record of it is {' and '.join(map(str, records))}"
         if self.verdict == "raise":
             raise NonFiniteError(f"{sentence} (module.guard.policy says what is done)")
-        rank_zero_warn(f"{sentence}; {self.verdict}: the step is not taken", stacklevel=2)
+        rank_zero_info(f"{sentence}; {self.verdict}: the step is not taken")
 
     def _log_step(self, norms: Tensor, scale: float | None) -> None:
         self.log("opt/skipped_steps", float(self.guard.skipped))

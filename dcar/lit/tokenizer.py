@@ -155,8 +155,8 @@ class TokenizerModule(BaseModule):
         """Both paths, always: the training coin has no part in it."""
         image, name = batch["image"], list(self.metrics)[dataloader_idx]
         latents = self.network.encode(image)
-        discrete = self.network.decode(latents.discrete)
-        hybrid = self.network.decode(latents.continuous)
+        discrete = self.network.decode(latents.discrete).float()
+        hybrid = self.network.decode(latents.continuous).float()
         self.metrics[name].module.update(image, discrete, hybrid)
         counts = count_codes(latents.ids, self.network.num_codes)  # (K,)
         self.val_counts[name] = self.val_counts.get(name, torch.zeros_like(counts)) + counts

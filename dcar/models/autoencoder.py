@@ -4,12 +4,16 @@ B batch, S image side, f downsample, C latent channels, H W any feature map, D i
 Every feature map is kept channels-last in memory, so norms over channels need no copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from dcar.models.precision import without_autocast
 
@@ -218,6 +222,41 @@ class EViTBlock(nn.Module):
 BLOCKS: dict[str, type[nn.Module]] = {"res": ResBlock, "evit": EViTBlock}
 
 
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """What batch norms in `module` learn of a batch in here goes to copies and is forgotten."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    own = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, own, strict=True):
+        norm._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, own, strict=True):
+            norm._buffers.update(buffers)
+
+
+@torch.compiler.disable(recursive=False)  # layers are then compiled each by itself
+def run_recomputing(stage: nn.Module, features: Tensor) -> Tensor:
+    """Run the layers of a stage, which in the backward pass compute again what they did not keep.
+
+    The second time running statistics stay as they are.
+    """
+    for layer in stage.children():
+
+        def contexts(layer: nn.Module = layer) -> tuple[AbstractContextManager[None], Any]:
+            return nullcontext(), statistics_kept(layer)
+
+        features = checkpoint(layer, features, use_reentrant=False, context_fn=contexts)
+    return features
+
+
+def run_stage(stage: nn.Module, features: Tensor, *, recompute: bool) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return run_recomputing(stage, features)
+    return stage(features)
+
+
 def check_stages(
     *, widths: Sequence[int], depths: Sequence[int], **per_stage: Sequence[str]
 ) -> None:
@@ -245,7 +284,9 @@ class Encoder(nn.Module):
 
     `widths`, `depths` and `blocks` ("res" or "evit") have one entry per stage, finest first. With
     `depths[0] == 0` the first stage vanishes: pixels are taken straight to half the side and to
-    `widths[1]` channels (arXiv 2410.10733). Raises ValueError where widths cannot be connected.
+    `widths[1]` channels (arXiv 2410.10733). `checkpoint_activations` keeps the input of each layer
+    alone for the backward pass: less memory, a third more time. Raises ValueError where widths
+    cannot be connected.
     """
 
     def __init__(
@@ -258,6 +299,7 @@ class Encoder(nn.Module):
         norm: str = "ln2d",
         activation: str = "silu",
         in_channels: int = 3,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
         check_stages(
@@ -269,6 +311,7 @@ class Encoder(nn.Module):
         )
         check_latent(latent_channels, widths[-1])
         self.latent_channels, self.downsample = latent_channels, 2 ** (len(widths) - 1)
+        self.checkpoint_activations = checkpoint_activations
         self.project_in: nn.Module
         if depths[0] > 0:
             self.project_in = conv(in_channels, widths[0], 3)
@@ -286,7 +329,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         features = self.project_in(image.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
-            features = stage(features)
+            features = run_stage(stage, features, recompute=self.checkpoint_activations)
         averaged = average_channels(features, self.latent_channels)
         return self.project_out(features) + averaged  # (B, C, S/f, S/f)
 
@@ -295,7 +338,8 @@ class Decoder(nn.Module):
     """Latent (B, C, S/f, S/f) to image (B, 3, S, S), not clamped; mirrors `Encoder`.
 
     All lists have one entry per stage, finest first, and run backwards. `norms` takes "ln2d",
-    "rms2d" or "bn2d"; `out_norm` is the one before the last convolution.
+    "rms2d" or "bn2d"; `out_norm` is the one before the last convolution. `checkpoint_activations`
+    is that of `Encoder`.
     """
 
     def __init__(
@@ -309,6 +353,7 @@ class Decoder(nn.Module):
         activations: Sequence[str],
         out_norm: str,
         out_channels: int = 3,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
         check_stages(
@@ -316,6 +361,7 @@ class Decoder(nn.Module):
         )
         check_latent(latent_channels, widths[-1])
         self.latent_channels, self.downsample = latent_channels, 2 ** (len(widths) - 1)
+        self.checkpoint_activations = checkpoint_activations
         self.project_in = conv(latent_channels, widths[-1], 3)
         self.stages = nn.ModuleList()
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -340,5 +386,5 @@ class Decoder(nn.Module):
         # Under autocast the latent is fp32: cast, or every feature map would become fp32.
         features = features + repeat_channels(latent.to(features.dtype), repeats)
         for stage in reversed(self.stages):
-            features = stage(features)
+            features = run_stage(stage, features, recompute=self.checkpoint_activations)
         return self.project_out(F.relu(self.out_norm(features)))  # (B, 3, S, S)

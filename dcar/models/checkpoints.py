@@ -4,9 +4,12 @@ A config that comes with weights is data from a stranger: it may name only the c
 and nothing is ever unpickled beyond tensors and plain containers.
 """
 
+import hashlib
 import importlib
 import json
+import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,16 +68,54 @@ def _call(target: str, arguments: dict[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)(**arguments)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def digest_path(path: Path) -> Path:
+    """The file beside `path` with its sha256, as `sha256sum` writes it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def known_digests(path: Path) -> list[str]:
+    """The sha256 that `path` may have; two while it is being replaced, none where none is known."""
+    try:
+        lines = digest_path(path).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [line[:64] for line in lines if re.match(r"[0-9a-f]{64}\b", line)]
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_digest(path: Path) -> None:
+    """Raises CheckpointError where a sha256 is known of `path` and is not what it holds.
+
+    A running training may replace the file meanwhile: then the new one is looked at.
+    """
+    while True:
+        before = os.stat(path).st_ino
+        digest, known = file_digest(path), known_digests(path)
+        if not known or digest in known:
+            return
+        if os.stat(path).st_ino == before:
+            raise CheckpointError(
+                f"{path} is damaged: its sha256 is not the one in {digest_path(path).name}"
+            )
+
+
+def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]:
     """A Lightning checkpoint of this project: plain containers and tensors, on the CPU.
 
-    Raises CheckpointError where the file is missing, damaged, not ours or holds a pickled object.
+    mapped: tensors are read when they are looked at, so that a glance at the rest is quick. Raises
+    CheckpointError where the file is missing, damaged (its sha256 is compared where one lies beside
+    it), not ours or holds a pickled object.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        verify_digest(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds objects other than tensors and plain containers, which could run code "
@@ -151,8 +192,13 @@ def is_saved(text_encoder: nn.Module) -> bool:
     return bool(text_encoder.trainable)
 
 
-def save_model(model: Model, folder: str | Path) -> None:
-    """Write config.json and one safetensors file a part; the pre-trained text encoder by name."""
+def save_model(
+    model: Model, folder: str | Path, *, lineage: Mapping[str, Any] | None = None
+) -> None:
+    """Write config.json and one safetensors file a part; the pre-trained text encoder by name.
+
+    lineage: where the weights come from, kept in config.json; loading leaves it there.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
@@ -160,7 +206,8 @@ def save_model(model: Model, folder: str | Path) -> None:
         if part != "text_encoder" or is_saved(module):
             state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
             save_file(state, folder / f"{part}.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
+    config = model.config | ({"lineage": dict(lineage)} if lineage else {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_model(folder: str | Path) -> Model:
@@ -170,6 +217,8 @@ def load_model(folder: str | Path) -> Model:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no model folder: {error}") from error
+    if isinstance(config, dict):
+        config.pop("lineage", None)  # of these weights, not of what is made of them
     model = build_model(config)
     for part in PARTS:
         module = getattr(model, part)

@@ -1,12 +1,19 @@
 """The command: arguments, exit codes, one-line errors."""
 
+import os
+import signal
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
+from dcar.lit.checkpoint_io import DurableCheckpointIO
+from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint
 from experiments.run import main, parse
-from tests.toys import ROOT
+from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
 
 
 @pytest.mark.parametrize(
@@ -58,3 +65,80 @@ def test_an_unknown_option_is_a_usage_error() -> None:
         text=True,
     )
     assert done.returncode == 2 and "--expp" in done.stderr
+
+
+COMMAND = ["--exp=smoke/stage1", "task=a_task.task"]
+
+
+def as_task(monkeypatch, task) -> None:
+    """COMMAND calls `task`, whatever it does."""
+    monkeypatch.setitem(sys.modules, "a_task", types.SimpleNamespace(task=task))
+
+
+class SignalIn(Callback):
+    """Sends this process a signal in one of Lightning's hooks."""
+
+    def __init__(self, hook: str, number: int):
+        setattr(self, hook, lambda *_, **__: os.kill(os.getpid(), number))
+
+
+@pytest.mark.parametrize(
+    ("hook", "saved"),
+    [("setup", False), ("on_fit_start", False), ("on_train_batch_start", True)]
+    + [("on_train_end", True), ("on_fit_end", True)],
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_gives_its_exit_code_before_during_and_after_training(
+    hook: str, saved: bool, number: int, code: int, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def task(config, options) -> None:
+        last = LastCheckpoint(folder=tmp_path, every_steps=1)
+        callbacks = [SignalIn(hook, number), last]
+        trainer = toy_trainer(2, callbacks=callbacks, plugins=[DurableCheckpointIO()])
+        trainer.fit(toy_stage(1), datamodule=ToyData())
+
+    as_task(monkeypatch, task)
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        assert main(COMMAND) == code
+        assert signal.getsignal(signal.SIGTERM) is before[0]
+    finally:  # Lightning ignores Ctrl-C from the first one on
+        signal.signal(signal.SIGINT, before[1])
+    assert (tmp_path / "last.ckpt").exists() == saved
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_signal_in_a_task_that_has_nothing_to_do_with_training_ends_it(monkeypatch) -> None:
+    def task(config, options) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    as_task(monkeypatch, task)
+    assert main(COMMAND) == 143
+
+
+def test_a_job_that_is_queued_again_has_done_what_it_should(monkeypatch, capsys) -> None:
+    def task(config, options) -> None:
+        raise Interrupted(signal.SIGUSR1, requeued=True)
+
+    as_task(monkeypatch, task)
+    assert main(COMMAND) == 0
+    assert "stopped by SIGUSR1; the job is queued again" in capsys.readouterr().err
+
+
+def test_a_forked_child_that_is_terminated_ends_without_a_word(monkeypatch, capfd) -> None:
+    def task(config, options) -> None:
+        if (child := os.fork()) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+    as_task(monkeypatch, task)
+    assert main(COMMAND) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_another_way_out_is_left_as_it_is(monkeypatch) -> None:
+    as_task(monkeypatch, lambda config, options: sys.exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        main(COMMAND)

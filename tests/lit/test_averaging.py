@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dcar.lit.averaging import AverageWeights
+from dcar.lit.guard import NonFiniteGuard
+from tests.lit.nonfinite_run import Poison
 from tests.toys import ToyData, toy_stage, toy_trainer
 
 
@@ -75,3 +77,23 @@ def test_validation_runs_on_the_average_and_gives_the_weights_back() -> None:
 def test_an_impossible_decay_is_refused() -> None:
     with pytest.raises(ValueError, match="decay=1.0"):
         AverageWeights(decay=1.0)
+
+
+def test_a_step_that_was_not_taken_is_no_part_of_the_average() -> None:
+    averages = []
+    for batches in ([], [2]):  # the last of three
+        module = toy_stage(1, guard=NonFiniteGuard(policy="skip"))
+        callback = AverageWeights(decay=0.9)
+        callbacks = [Poison("input", batches), callback]
+        toy_trainer(3 if batches else 2, callbacks=callbacks).fit(module, datamodule=ToyData())
+        averages.append(callback)
+    undisturbed, disturbed = averages
+    assert disturbed.updates == 2 and disturbed.step == 3
+    for name, tensor in undisturbed.average.state_dict().items():
+        assert torch.equal(tensor, disturbed.average.state_dict()[name]), name
+
+
+def test_with_accumulation_the_average_moves_once_a_step() -> None:
+    module, callback = toy_stage(1, accumulate=2), AverageWeights(decay=0.9)
+    toy_trainer(2, callbacks=[callback]).fit(module, datamodule=ToyData())
+    assert callback.updates == 2

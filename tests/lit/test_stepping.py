@@ -4,10 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 
 from dcar.lit.guard import NonFiniteError
 from dcar.lit.stepping import parameter_groups
+from tests.lit.nonfinite_run import Poison, Watch, precise_trainer, toy_module
 from tests.toys import ToyData, toy_stage, toy_trainer, weights
 
 
@@ -62,3 +64,97 @@ def test_a_non_finite_gradient_stops_before_the_weights_are_touched() -> None:
     with pytest.raises(NonFiniteError, match="the loss is not finite at step 0"):
         toy_trainer(2).fit(module, datamodule=ToyData())
     assert all(torch.equal(v, before[k]) for k, v in module.named_parameters())
+
+
+def adam_steps(trainer: Trainer) -> list[int]:
+    """How often each optimizer has moved its first parameter."""
+    optimizers = [(o, o.param_groups[0]["params"][0]) for o in trainer.optimizers]
+    return [int(o.state[p]["step"]) for o, p in optimizers]
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["gradient", "discriminator"])
+def test_an_overflow_of_either_optimizer_holds_both_back_and_halves_the_scale_once(
+    what: str, accumulate: int
+) -> None:
+    """In fp16: one step, then one with an infinite gradient, in its last batch."""
+    module = toy_module("2", accumulate=accumulate)
+    bad, states = 2 * accumulate - 1, {}
+
+    class Before(Poison):
+        def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+            super().on_train_batch_start(trainer, pl_module, *args)
+            if self.is_now(trainer):
+                states["before"] = weights(pl_module)
+
+    watch = Watch()
+    poison = Before(what, [bad], value=float("inf"))
+    trainer = precise_trainer(2, "16-mixed", callbacks=[poison, watch])
+    trainer.fit(module, datamodule=ToyData())
+    assert watch.verdicts[-1] == "overflow" and module.guard.overflowed == 1
+    assert trainer.global_step == 2 and adam_steps(trainer) == [1, 1]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, states["before"][name]), name
+    good, overflowed = watch.scalers[accumulate - 1], watch.scalers[-1]
+    assert overflowed["scale"] == good["scale"] / 2
+    assert good["_growth_tracker"] == 1 and overflowed["_growth_tracker"] == 0
+    logged = trainer.callback_metrics
+    assert logged["opt/skipped_steps"] == 1 and logged["opt/loss_scale"] == good["scale"]
+    assert logged["opt/discriminator_learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_in_fp16_are_clipped_in_the_unit_of_fp32(fused: bool) -> None:
+    """Of both optimizers, be they of the kind that unscales gradients by itself."""
+    moves, norms = [], []
+    for precision in ("32-true", "16-mixed"):
+        sgd = partial(torch.optim.SGD, lr=1.0, fused=fused)
+        module = toy_stage(2, adversarial=True, optimizer=sgd, gradient_clip=1e-3)
+        before = weights(module)
+        trainer = precise_trainer(1, precision)
+        trainer.fit(module, datamodule=ToyData())
+        moves.append({name: p.detach() - before[name] for name, p in module.named_parameters()})
+        for part in ("network", "discriminator"):
+            own = [moved.flatten() for name, moved in moves[-1].items() if name.startswith(part)]
+            assert 0.9e-3 < float(torch.cat(own).norm()) < 1.01e-3, part
+        names = ("opt/gradient_norm", "opt/discriminator_gradient_norm")
+        norms.append([float(trainer.callback_metrics[name]) for name in names])
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+    one, other = (torch.cat([moved.flatten() for moved in move.values()]) for move in moves)
+    assert torch.cosine_similarity(one, other, dim=0) > 0.99
+
+
+def test_the_gradient_of_a_step_cut_short_by_the_epoch_is_used_once() -> None:
+    """Three batches an epoch in steps of two: the third is a step of its own."""
+    module = toy_stage(1, norm="ln2d", accumulate=2)
+    watch = Watch()
+    trainer = toy_trainer(4, callbacks=[watch])
+    trainer.fit(module, datamodule=ToyData(4, count=12))
+    assert trainer.current_epoch == 2 and len(watch.verdicts) == 6 and trainer.global_step == 4
+    assert module.window == [] and all(p.grad is None for p in module.parameters())
+
+
+MOVES = {
+    "1": {"network.encoder", "network.decoder", "discriminator"},
+    "2": {"network.encoder", "network.quantizer", "network.decoder", "discriminator"},
+    "3": {"network.decoder", "discriminator"},
+    "generator": {"network.generator", "network.text_encoder"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("kind", MOVES)
+def test_a_step_of_two_batches_moves_what_it_should_in_every_precision(
+    kind: str, precision: str
+) -> None:
+    """All trainable parts and no other, GAN and revival included; buffers of frozen parts too."""
+    module = toy_module(kind, accumulate=2)
+    before = weights(module)
+    trainer = precise_trainer(2, precision)
+    trainer.fit(module, datamodule=ToyData())
+    assert module.guard.skipped <= 1 and module.verdict == "take"
+    after = module.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    parts = {".".join(name.split(".")[: 1 + name.startswith("network")]) for name in moved}
+    assert parts == MOVES[kind]

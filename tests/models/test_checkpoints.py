@@ -1,5 +1,6 @@
 """Model folders and checkpoints: exact round trips, and nothing of a stranger's is executed."""
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -12,6 +13,8 @@ from dcar.models.checkpoints import (
     Model,
     build,
     build_model,
+    digest_path,
+    known_digests,
     load_model,
     load_tokenizer,
     read_checkpoint,
@@ -87,6 +90,68 @@ def test_a_missing_or_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, tmp_path / "b.ckpt")
     with pytest.raises(CheckpointError, match="not written by a training run"):
         read_checkpoint(tmp_path / "b.ckpt")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_flipped_byte_is_found_where_a_digest_lies_beside_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"dcar": {}, "x": torch.zeros(1000)}, path)
+    digest_path(path).write_text(f"{digest(path)}  a.ckpt\n")
+    read_checkpoint(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    for mapped in (False, True):
+        with pytest.raises(CheckpointError, match="a.ckpt is damaged: its sha256 is not the one"):
+            read_checkpoint(path, mapped=mapped)
+    digest_path(path).unlink()
+    assert read_checkpoint(path)["x"].count_nonzero() == 1  # nobody can know
+
+
+def test_while_a_checkpoint_is_replaced_it_may_have_either_digest(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"dcar": {}}, path)
+    digest_path(path).write_text(f"{'0' * 64}  a.ckpt\n{digest(path)}  a.ckpt\n")
+    assert known_digests(path) == ["0" * 64, digest(path)]
+    assert read_checkpoint(path) == {"dcar": {}}
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch
+) -> None:
+    path, new = tmp_path / "a.ckpt", tmp_path / "new"
+    torch.save({"dcar": {}, "x": 1}, path)
+    torch.save({"dcar": {}, "x": 2}, new)
+    digest_path(path).write_text(f"{digest(path)}  a.ckpt\n")
+
+    hash_of = hashlib.file_digest
+
+    def hashed_slowly(*arguments):
+        found = hash_of(*arguments)
+        if new.exists():  # a training commits its next checkpoint meanwhile
+            digest_path(path).write_text(f"{digest(new)}  a.ckpt\n")
+            new.replace(path)
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", hashed_slowly)
+    assert read_checkpoint(path)["x"] == 2
+
+
+@pytest.mark.parametrize("text", ["", "not a digest\n", "0" * 63, "0" * 65, "\udcff"])
+def test_a_file_of_digests_without_one_is_as_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"dcar": {}}, path)
+    digest_path(path).write_text(text, errors="surrogateescape")
+    assert known_digests(path) == [] and read_checkpoint(path) == {"dcar": {}}
+
+
+def test_a_mapped_checkpoint_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"dcar": {}, "x": torch.arange(9)}, path)
+    assert torch.equal(read_checkpoint(path, mapped=True)["x"], torch.arange(9))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"])

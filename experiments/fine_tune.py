@@ -1,0 +1,141 @@
+"""The tasks of `--exp=finetune/*`: a finished model on one's own pictures, and what comes out."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from dcar.lit.fine_tuning import adapter_of
+from dcar.lit.lineage import model_lineage
+from dcar.models.checkpoints import (
+    TOKENIZER_MODULES,
+    CheckpointError,
+    Model,
+    load_tokenizer,
+    read_checkpoint,
+    save_model,
+)
+from dcar.models.fingerprint import tokenizer_fingerprint
+from dcar.models.lora import Adapter, import_peft
+from dcar.models.tokenizer import HybridTokenizer
+from experiments.config import ConfigError, find_checkpoint
+from experiments.run import RunOptions
+from experiments.sample import find_model
+from experiments.train import train
+
+
+def find_base(reference: str, outputs: str) -> Model:
+    """A model folder, a run's folder, a generator's checkpoint, or an experiment's name."""
+    named = Path(outputs) / reference
+    if not (named / "model").is_dir() and (named / "checkpoints" / "last.ckpt").is_file():
+        reference = str(find_checkpoint(reference, outputs))
+    return find_model(reference, outputs)
+
+
+def tokenizer_checkpoint(reference: str, outputs: str) -> Path | None:
+    """The checkpoint of stage 2 or 3 that is meant, None where it is something else."""
+    path = Path(str(find_checkpoint(reference, outputs)))
+    is_tokenizer = path.is_file() and read_checkpoint(path)["dcar"]["module"] in TOKENIZER_MODULES
+    return path if is_tokenizer else None
+
+
+def find_tokenizer(reference: str, outputs: str) -> HybridTokenizer:
+    """Of a stage 2 or 3 checkpoint, or of anything that `find_base` takes."""
+    path = tokenizer_checkpoint(reference, outputs)
+    return load_tokenizer(path)[0] if path else find_base(reference, outputs).tokenizer
+
+
+def take_from(config: DictConfig, source: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Architecture and, unless the user gave another one, resolution of what is fine-tuned."""
+    for key in keys:
+        config[key] = source[key]
+    config.size = config.size or source["size"]
+
+
+def last_checkpoint(config: DictConfig) -> Path:
+    return Path(config.output_dir) / "checkpoints" / "last.ckpt"
+
+
+def lora(config: DictConfig, options: RunOptions) -> dict[str, float]:
+    """Train adapters, then write `model` (base + adapters) and `adapter` (they alone).
+
+    Returns the last logged metrics by name. Raises ConfigError without peft, CheckpointError for a
+    base that cannot be used.
+    """
+    try:
+        import_peft()
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    base = find_base(config.init_from, config.outputs)
+    take_from(config, base.config, ("tokenizer", "generator", "text_encoder", "sampler"))
+    del base
+    metrics = train(config, options)
+    if not options.dry_run:
+        export_adapter(config)
+    return metrics
+
+
+@rank_zero_only
+def export_adapter(config: DictConfig) -> None:
+    path, folder = last_checkpoint(config), Path(config.output_dir)
+    adapter_of(read_checkpoint(path), source=path).save(folder / "adapter")
+    rank_zero_info(f"{folder / 'model'}: base + adapters; {folder / 'adapter'}: the adapters alone")
+
+
+def merge(config: DictConfig, options: RunOptions) -> None:
+    """Write the model folder `out`: the base with the adapters of a folder in its weights.
+
+    Raises CheckpointError where the adapters belong to another base.
+    """
+    adapter = Adapter.load(config.adapter)
+    base = find_base(config.init_from, config.outputs)
+    try:
+        merged = adapter.merge_into(base, name=config.init_from, source=config.adapter)
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    if not options.dry_run:
+        save_model(merged, config.out)
+        rank_zero_info(f"{config.out}: {config.init_from} with {config.adapter}")
+
+
+def check_same_tokens(config: DictConfig, base: Model) -> None:
+    tokenizer = find_tokenizer(config.init_from, config.outputs)
+    if tokenizer_fingerprint(base.tokenizer) != tokenizer_fingerprint(tokenizer):
+        raise CheckpointError(
+            f"model={config.model} was trained on tokens of another tokenizer than "
+            f"init_from={config.init_from}"
+        )
+
+
+def decoder(config: DictConfig, options: RunOptions) -> dict[str, float]:
+    """Train the tokenizer's decoder, then write `model`: the base model with the new decoder.
+
+    Without a base model (`init_from` is a tokenizer's checkpoint and `model` is not given) the
+    checkpoint is all that is written. Returns the last logged metrics by name. Raises
+    CheckpointError where the base's tokens are not those of the tokenizer.
+    """
+    path = tokenizer_checkpoint(config.init_from, config.outputs)
+    reference = config.model or (None if path else config.init_from)
+    base = find_base(reference, config.outputs) if reference else None
+    if base is not None:
+        check_same_tokens(config, base)
+        take_from(config, base.config, ("tokenizer",))
+    if path is not None:
+        take_from(config, read_checkpoint(path)["dcar"]["config"], ("tokenizer",))
+    metrics = train(config, options)
+    if base is not None and not options.dry_run:
+        export_decoder(config, base)
+    return metrics
+
+
+@rank_zero_only
+def export_decoder(config: DictConfig, base: Model) -> None:
+    folder = Path(config.output_dir) / "model"
+    about = base.config | {"tokenizer": OmegaConf.to_container(config.tokenizer, resolve=True)}
+    last = last_checkpoint(config)
+    tokenizer, _ = load_tokenizer(last)
+    model = replace(base, tokenizer=tokenizer, config=about)
+    save_model(model, folder, lineage=model_lineage(last))
+    rank_zero_info(f"{folder}: the model with the new decoder")

@@ -1,0 +1,91 @@
+"""Which checkpoint a training goes on from: the last good one."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig
+
+from dcar.lit.checkpoint_io import sweep
+from dcar.lit.last_checkpoint import step_files
+from dcar.models.checkpoints import CheckpointError, read_checkpoint
+
+
+def _glance(path: Path) -> int | CheckpointError:
+    """The step of a whole checkpoint, or what is wrong with it."""
+    try:
+        return int(read_checkpoint(path, mapped=True)["global_step"])
+    except CheckpointError as error:
+        return error
+
+
+def _newest_good(folder: Path) -> tuple[int, Path] | None:
+    """The whole checkpoint of the latest step beside last.ckpt; of two of one step, the step's."""
+    newest = None
+    for path in reversed(step_files(folder).values()):
+        if isinstance(step := _glance(path), int):
+            newest = step, path
+            break
+    best = folder / "best.ckpt"
+    if isinstance(step := _glance(best), int) and (newest is None or step > newest[0]):
+        newest = step, best
+    return newest
+
+
+def _last(folder: Path) -> Path | None:
+    """last.ckpt, or the newest good one in its stead, which is said; None in an empty folder.
+
+    Raises CheckpointError where there are checkpoints and all of them are damaged.
+    """
+    last = folder / "last.ckpt"
+    if not any(folder.glob("*.ckpt")):
+        return None
+    if isinstance(trouble := _glance(last), int):
+        return last
+    newest = _newest_good(folder)
+    if newest is None:
+        raise CheckpointError(
+            f"{trouble}; and {folder} holds no other checkpoint that is whole: move it away to "
+            "start afresh"
+        )
+    rank_zero_info(f"{trouble}: going on from {newest[1]}, step {newest[0]}")
+    return newest[1]
+
+
+def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:
+    """The checkpoint to go on from, after the remains of killed runs are swept away.
+
+    `last` and `auto` fall back to the newest whole checkpoint of the run where last.ckpt is damaged
+    or missing; `auto` is None where there is none at all. Raises CheckpointError where a named one
+    is not there or damaged, and where all of them are.
+    """
+    if ckpt is None:
+        return None
+    folder = Path(config.output_dir) / "checkpoints"
+    sweep(folder)
+    if ckpt in ("last", "auto"):
+        found = _last(folder)
+        if found is None and ckpt == "last":
+            path = folder / "last.ckpt"
+            raise CheckpointError(f"--ckpt last: there is no checkpoint at {path}")
+        return found
+    path = folder / "best.ckpt" if ckpt == "best" else Path(ckpt)
+    if isinstance(trouble := _glance(path), CheckpointError):
+        raise CheckpointError(f"--ckpt {ckpt}: {trouble}")
+    return path
+
+
+def finished(path: Path | None, config: DictConfig) -> bool:
+    """Whether all steps are taken and what comes after them has been written."""
+    if path is None or not (Path(config.output_dir) / "metrics.json").exists():
+        return False
+    return bool(read_checkpoint(path, mapped=True)["global_step"] >= config.max_steps)
+
+
+def first_logged_step(checkpoint: dict[str, Any]) -> int:
+    """The step at which a run resumed from `checkpoint` logs first: TensorBoard's `purge_step`.
+
+    Lightning numbers what it logs by batches, and counts a batch after the hook that saves it.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
+    return int(progress["_batches_that_stepped"]) + 1

@@ -1,0 +1,334 @@
+"""Fine-tuning by command: adapters, decoder, merged folders; resolutions and shapes of pictures."""
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from PIL import Image, ImageOps
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dcar.data.batches import in_unit_range
+from dcar.data.loader import ShardLoader
+from dcar.data.stream import ShardStream
+from dcar.data.transforms import ImageTransform
+from dcar.models.checkpoints import (
+    CheckpointError,
+    Model,
+    load_model,
+    load_tokenizer,
+    read_checkpoint,
+    save_model,
+)
+from dcar.models.draws import Draws
+from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
+from experiments.config import load_config
+from experiments.fine_tune import find_base, find_tokenizer
+from experiments.run import RunOptions, main
+from experiments.train import build, build_trainer
+from tests.toys import (
+    ROOT,
+    SIZE,
+    ToyData,
+    model_config,
+    tokenizer_config,
+    toy_masked_generator,
+    toy_model,
+    toy_stage,
+    toy_trainer,
+)
+
+STYLE = "blob"  # one of the embedded pictures' six
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    save_model(toy_model(), folder)
+    return folder
+
+
+def extract(split: str, into: Path, *, limit: int | None = None, style: str = STYLE) -> list[Path]:
+    """The embedded pictures of one style, with captions beside them: a user's own folder."""
+    pictures: list[Path] = []
+    for shard in sorted((ROOT / "assets/emoji").glob(f"{split}-*.tar")):
+        with tarfile.open(shard) as tar:
+            members = [m for m in tar.getmembers() if m.name.startswith(f"{style}/")]
+            tar.extractall(into, members=members, filter="data")
+    pictures = sorted(into.rglob("*.webp"))
+    for path in pictures[limit:] if limit else []:
+        path.unlink()
+        path.with_suffix(".txt").unlink()
+    return pictures[:limit]
+
+
+def shards_of(folder: Path, out: Path, *settings: str) -> Path:
+    assert main(["--exp=data/build", "source=folder", f"in={folder}", f"out={out}", *settings]) == 0
+    return out
+
+
+@torch.no_grad()
+def validation_losses(model: Model, shards: Path) -> dict[str, float]:
+    """Means over the set `val`, with the captions that belong to the pictures."""
+    stream = ShardStream(
+        shards / "folder-val-*.tar",
+        transform=ImageTransform(size=model.size),
+        batch_size=32,
+        seed=0,
+        shuffle=False,
+    )
+    totals, count = dict.fromkeys(("token", "residual"), 0.0), 0
+    for index, batch in enumerate(ShardLoader(stream)):
+        latents = model.tokenizer.encode(in_unit_range(batch)["image"])
+        text, mask = model.text_encoder(batch["caption"])
+        terms = model.generator.losses(
+            latents.ids, latents.residual, text, mask, Draws(index), caption_drop=0.0
+        )
+        for name in totals:
+            totals[name] += float(terms[name]) * len(text)
+        count += len(text)
+    return {name: total / count for name, total in totals.items()}
+
+
+def on_black(pictures: list[Path]) -> None:
+    """The drawings in a look that the base has not seen, with a caption that says so."""
+    for path in pictures:
+        with Image.open(path) as drawing:
+            night = Image.new("RGB", drawing.size, "black")
+            night.paste(drawing, mask=drawing.convert("RGBA").getchannel("A"))
+        night.save(path)
+        words = path.with_suffix(".txt")
+        words.write_text(words.read_text().replace(f"{STYLE} style", "night style"))
+
+
+@pytest.mark.slow
+def test_adapters_learn_a_style_and_its_held_out_pictures_gain(tmp_path: Path) -> None:
+    few = ["tokenizer_from=null", "max_steps=40", "val_every=40", "module.fid_images=0"]
+    few += ["batch_size=8", "learning_rate=3e-3", f"outputs={tmp_path}"]
+    assert main(["--exp=smoke/pretrain_256", *few]) == 0
+    for split, limit in (("train", 300), ("val", 60)):
+        on_black(extract(split, tmp_path / "pictures" / split, limit=limit))
+    data = shards_of(tmp_path / "pictures", tmp_path / "shards", "processes=1")
+    more = ["data=shards", f"data_root={data}", "data.num_workers=0", "max_steps=80"]
+    more += ["val_every=80", "learning_rate=5e-3", "batch_size=8", f"outputs={tmp_path}"]
+    assert main(["--exp=smoke/lora", "init_from=smoke/pretrain_256", *more]) == 0
+    before = validation_losses(find_base("smoke/pretrain_256", str(tmp_path)), data)
+    after = validation_losses(load_model(tmp_path / "smoke/lora/model"), data)
+    assert after["token"] < 0.97 * before["token"]
+    assert sum(after.values()) < sum(before.values())
+
+
+def same_files(one: Path, two: Path) -> bool:
+    return all(path.read_bytes() == (two / path.name).read_bytes() for path in one.iterdir())
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_exactly_and_leaves_adapter_and_merged_model(
+    base: Path, tmp_path: Path
+) -> None:
+    run = ["--exp=smoke/lora", f"init_from={base}", "module.schedule.total_steps=6"]
+    straight, stopped = tmp_path / "straight/smoke/lora", tmp_path / "stopped/smoke/lora"
+    assert main([*run, f"outputs={tmp_path}/straight"]) == 0
+    assert main([*run, f"outputs={tmp_path}/stopped", "max_steps=3"]) == 0
+    assert main([*run, f"outputs={tmp_path}/stopped", "--ckpt=auto"]) == 0
+    for folder in ("model", "adapter"):
+        assert same_files(straight / folder, stopped / folder), folder
+    merge = [f"init_from={base}", f"adapter={straight}/adapter", f"out={tmp_path}/merged"]
+    assert main(["--exp=finetune/merge", *merge]) == 0
+    assert same_files(straight / "model", tmp_path / "merged")
+    before, after = load_model(base), load_model(tmp_path / "merged")
+    assert fingerprint(before.generator) != fingerprint(after.generator)
+    for part in ("tokenizer", "text_encoder"):
+        assert fingerprint(getattr(before, part)) == fingerprint(getattr(after, part))
+    facts = json.loads((straight / "metrics.json").read_text())
+    assert facts["trained_parameters"] < 10_000 and "val/token" in facts["metrics"]
+
+
+@pytest.mark.slow
+def test_adapters_of_another_base_are_refused_by_both_commands(
+    base: Path, tmp_path: Path, capsys
+) -> None:
+    run = ["--exp=smoke/lora", f"outputs={tmp_path}", "val_every=2", "warmup_steps=1"]
+    assert main([*run, f"init_from={base}", "max_steps=2"]) == 0
+    other = toy_model()
+    other.generator.transformer.output.bias.data.add_(1e-3)
+    save_model(other, tmp_path / "other")
+    assert main([*run, f"init_from={tmp_path}/other", "max_steps=4", "--ckpt=auto"]) == 2
+    message = f"belongs to the base {base}"
+    assert message in capsys.readouterr().err
+    adapter = [f"adapter={tmp_path}/smoke/lora/adapter", f"out={tmp_path}/merged"]
+    assert main(["--exp=finetune/merge", f"init_from={tmp_path}/other", *adapter]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "merged").exists()
+
+
+def test_without_peft_the_command_names_the_extra(base: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["--exp=smoke/lora", f"init_from={base}", f"outputs={tmp_path}"]) == 2
+    assert "pip install 'dcar-lightning[lora]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_new_decoder_keeps_the_tokens_and_draws_the_pictures_better(
+    base: Path, tmp_path: Path
+) -> None:
+    run = ["--exp=smoke/decoder", f"init_from={base}", f"outputs={tmp_path}"]
+    assert main([*run, "max_steps=30", "val_every=30", "learning_rate=5e-3"]) == 0
+    folder = tmp_path / "smoke/decoder"
+    before, after = load_model(base), load_model(folder / "model")
+    assert tokenizer_fingerprint(before.tokenizer) == tokenizer_fingerprint(after.tokenizer)
+    assert fingerprint(before.tokenizer.decoder) != fingerprint(after.tokenizer.decoder)
+    assert fingerprint(before.generator) == fingerprint(after.generator)
+    tokenizer, module = load_tokenizer(folder / "checkpoints/last.ckpt")  # as a generator's start
+    assert module == "TokenizerStage3"
+    assert fingerprint(tokenizer) == fingerprint(after.tokenizer)
+    assert squared_error(after) < 0.7 * squared_error(before)
+
+
+@torch.no_grad()
+def squared_error(model: Model) -> float:
+    """Of the decoded continuous latents of some validation pictures."""
+    stream = ShardStream(
+        ROOT / "assets/emoji/val-*.tar",
+        transform=ImageTransform(size=SIZE),
+        batch_size=64,
+        seed=0,
+        shuffle=False,
+    )
+    image = in_unit_range(next(iter(ShardLoader(stream))))["image"]
+    decoded = model.tokenizer.decode(model.tokenizer.encode(image).continuous)
+    return float((decoded - image).square().mean())
+
+
+def stage_checkpoint(stage: int, path: Path) -> Path:
+    module = toy_stage(stage)
+    module.plain_config = {"tokenizer": tokenizer_config(), "size": SIZE}
+    trainer = toy_trainer(1)
+    trainer.fit(module, datamodule=ToyData())
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_decoder_is_fine_tuned_from_a_stage_s_checkpoint(stage: int, tmp_path: Path) -> None:
+    """Alone, or for a model that is built on the same tokens; another model is refused."""
+    ckpt = stage_checkpoint(stage, tmp_path / "stage.ckpt")
+    short = ["max_steps=2", "val_every=2", "module.schedule.warmup_steps=1"]
+    run = ["--exp=smoke/decoder", f"init_from={ckpt}", f"outputs={tmp_path}", *short]
+    assert main(run) == 0
+    saved = read_checkpoint(tmp_path / "smoke/decoder/checkpoints/last.ckpt")
+    tokenizer = load_tokenizer(ckpt)[0]
+    for name, tensor in tokenizer.encoder.state_dict().items():
+        assert torch.equal(saved["network"][f"encoder.{name}"], tensor)
+    assert not (tmp_path / "smoke/decoder/model").exists()
+    model = toy_model()
+    next(model.tokenizer.encoder.parameters()).data.add_(1e-3)
+    save_model(model, tmp_path / "other")
+    assert main([*run, f"model={tmp_path}/other"]) == 2
+    model.tokenizer = tokenizer
+    save_model(model, tmp_path / "same")
+    assert main([*run, f"model={tmp_path}/same"]) == 0
+    exported = load_model(tmp_path / "smoke/decoder/model").tokenizer
+    assert tokenizer_fingerprint(exported) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_stage_1_checkpoint_has_no_tokens_to_keep(tmp_path: Path) -> None:
+    ckpt = stage_checkpoint(1, tmp_path / "stage.ckpt")
+    with pytest.raises(CheckpointError, match="written by TokenizerStage1"):
+        find_tokenizer(str(ckpt), str(tmp_path))
+
+
+def test_a_base_is_found_by_folder_run_and_experiment(base: Path, tmp_path: Path) -> None:
+    expected = fingerprint(load_model(base).generator)
+    save_model(toy_model(), tmp_path / "a/b/model")
+    for reference in (str(base), str(tmp_path / "a/b"), "a/b"):
+        assert fingerprint(find_base(reference, str(tmp_path)).generator) == expected
+    with pytest.raises(CheckpointError, match="a/c"):
+        find_base("a/c", str(tmp_path))
+
+
+def test_a_base_is_found_in_a_run_that_has_only_checkpoints_so_far(tmp_path: Path) -> None:
+    tokenizer = stage_checkpoint(2, tmp_path / "stage.ckpt")
+    module = toy_masked_generator(tokenizer_from=tokenizer)
+    module.plain_config = model_config()
+    trainer = toy_trainer(1)
+    trainer.fit(module, datamodule=ToyData())
+    trainer.save_checkpoint(tmp_path / "a/b/checkpoints/last.ckpt")
+    for reference in ("a/b", str(tmp_path / "a/b/checkpoints/last.ckpt")):
+        found = find_base(reference, str(tmp_path))
+        assert fingerprint(found.generator) == fingerprint(module.generator)
+        assert fingerprint(found.tokenizer) == fingerprint(load_tokenizer(tokenizer)[0])
+
+
+def test_weights_of_256_px_start_512_px_whole_at_the_paper_s_size() -> None:
+    with torch.device("meta"):
+        coarse, fine = (
+            build(load_config(f"generator/{name}", ["data_root=x"]).generator)
+            for name in ("pretrain_256", "finetune_512")
+        )
+    loaded = fine.load_state_dict(coarse.state_dict(), strict=True, assign=True)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    assert set(dict(fine.named_parameters())) <= set(coarse.state_dict())  # none is left as it was
+
+
+def test_from_scratch_costs_what_the_paper_says_beside_the_two_resolutions() -> None:
+    def cost(name: str, batch: int) -> float:
+        """In images of 256 px: an image of 512 px has four times the tokens."""
+        config = load_config(f"generator/{name}", ["data_root=x"])
+        return config.max_steps * batch * (config.size / 256) ** 2
+
+    two = cost("pretrain_256", 2048) + cost("finetune_512", 1024)
+    assert cost("scratch_512", 1024) / two == pytest.approx(1440 / 760, rel=0.01)
+    assert load_config("generator/scratch_512", ["data_root=x"]).module.init_from is None
+
+
+class Shapes(Callback):
+    """Notes the grids that are trained and validated on."""
+
+    def __init__(self) -> None:
+        self.train: list[tuple[int, ...]] = []
+        self.val: set[tuple[int, ...]] = set()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, _: Any, batch: Any, *args: Any) -> None:
+        self.train.append(tuple(batch["ids"].shape[1:]))
+
+    def on_validation_batch_end(
+        self, trainer: Any, module: Any, _: Any, batch: Any, *args: Any
+    ) -> None:
+        self.val.add(tuple(batch["ids"].shape[1:]))
+
+
+def crop_to_shapes(pictures: list[Path]) -> None:
+    """Every third picture wide, every third tall."""
+    for number, path in enumerate(pictures):
+        size = ((128, 128), (128, 100), (70, 128))[number % 3]
+        with Image.open(path) as picture:
+            ImageOps.fit(picture.convert("RGB"), size).save(path)
+
+
+@pytest.mark.slow
+def test_one_run_trains_on_grids_of_several_shapes(tmp_path: Path) -> None:
+    for split, limit in (("train", 90), ("val", 12)):
+        crop_to_shapes(extract(split, tmp_path / "pictures" / split, limit=limit))
+    data = shards_of(tmp_path / "pictures", tmp_path / "shards", "processes=1", "prefix=journeydb")
+    options = [f"data_root={data}", f"outputs={tmp_path}", "max_steps=12", "val_every=6"]
+    config = load_config("smoke/buckets", [*options, "tokenizer_from=null", "init_from=null"])
+    module, shapes = build(config.module), Shapes()
+    trainer = build_trainer(config, module, RunOptions())
+    trainer.callbacks.append(shapes)  # type: ignore[attr-defined]
+    before = {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
+    trainer.fit(module, datamodule=build(config.data))
+    assert {(8, 8), (7, 9), (11, 6)} <= set(shapes.train) and len(shapes.train) == 12
+    assert shapes.val == {(8, 8)}
+    moved = sum(not torch.equal(t, before[n]) for n, t in module.network.state_dict().items())
+    assert moved > 0.9 * len(before)
+    assert all(torch.isfinite(t).all() for t in module.network.state_dict().values())
+    assert torch.isfinite(trainer.callback_metrics["val/token"])
+    assert "val/gfid_mobilenetv2" in trainer.callback_metrics
+    events = EventAccumulator(str(Path(config.output_dir) / "tensorboard")).Reload()
+    assert len(events.Images("val/samples")) == 2
