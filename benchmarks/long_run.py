@@ -36,7 +36,7 @@ from experiments.config import REPOSITORY, load_config
 
 STATE = ("global_step", "state_dict", "network", "optimizer_states", "lr_schedulers", "callbacks")
 OF_TIME = ("Timer", "ModelCheckpoint")  # callbacks whose state names seconds and paths
-TIMED = ("perf/", "data/wait_share")  # logged values that are no result of the training
+LOGGED = ("train/", "val/", "codebook/", "opt/")  # values of the last step, not of the clock
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Job:
             "outputs": self.outputs,
             "max_steps": self.steps,
             "save_every": self.saves,
-            "val_every": max(1, self.steps // 4),
+            "val_every": max(1, self.steps // 8),  # the first comes before memory counts
             "trainer.log_every_n_steps": 20,
             # decoded pictures kept in memory would grow for the whole first epoch
             "data.train.cache": False,
@@ -248,7 +248,7 @@ def outcome(job: Job) -> dict[str, Any]:
     }
     state["data"] = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     metrics = json.loads((job.folder / "metrics.json").read_text())["metrics"]
-    kept = {key: value for key, value in metrics.items() if not key.startswith(TIMED)}
+    kept = {key: value for key, value in metrics.items() if key.startswith(LOGGED)}
     return state | {"metrics": kept}
 
 

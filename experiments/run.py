@@ -5,7 +5,7 @@
     --dry-run                   build everything, take one step, write no files
     --ckpt last|best|auto|PATH  continue from a checkpoint; auto starts fresh where there is none
 
-Exit codes: 0 done, 2 usage or configuration, 3 data, 4 non-finite training, 130 and 143 signals.
+Exit codes: 0 done, 1 a lost process or a bug, 2 usage or configuration, 3 data, 4 non-finite training, 130 and 143 signals.
 """
 
 import argparse
@@ -26,10 +26,11 @@ from omegaconf import OmegaConf
 from dcar.data.members import DataError
 from dcar.lit.guard import NonFiniteError
 from dcar.lit.last_checkpoint import Interrupted
+from dcar.lit.lost_ranks import LostRankError
 from dcar.models.checkpoints import CheckpointError
 from experiments.config import ConfigError, experiment_names, first_comment, load_config
 
-USAGE, DATA, NON_FINITE = 2, 3, 4
+LOST, USAGE, DATA, NON_FINITE = 1, 2, 3, 4
 EXIT_CODES: dict[type[BaseException], int] = {
     ConfigError: USAGE,
     CheckpointError: USAGE,
@@ -38,6 +39,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     DataError: DATA,
     FileNotFoundError: DATA,
     NonFiniteError: NON_FINITE,
+    LostRankError: LOST,
 }
 
 

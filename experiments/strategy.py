@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from dcar.lit.lost_ranks import NamesLostRanks
 from dcar.lit.sharding import ShardedStrategy
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
@@ -21,20 +22,23 @@ def device_count(settings: dict[str, Any]) -> int:
     return count * int(settings["num_nodes"])
 
 
-def data_parallel(*, alternates: bool, timeout: timedelta) -> DDPStrategy:
+class DataParallelStrategy(NamesLostRanks, DDPStrategy):
     """DDP for manual optimisation.
 
     Buffers are not sent around: codebook statistics are reduced where they arise and SyncBN has the
     same ones everywhere, while in validation ranks with another number of batches would be waited
-    for. No static graph: it must see all gradients in the first backward pass, which `no_sync` and
-    a second optimizer forbid, and no parameter of ours goes unused where there is only one.
+    for. No static graph: it must see all gradients in the first backward pass, which accumulation
+    and a second optimizer forbid, and where there is one optimizer no parameter goes unused.
+    alternates: each backward pass reaches only some of the parameters.
     """
-    return DDPStrategy(
-        find_unused_parameters=alternates,
-        gradient_as_bucket_view=not alternates,  # gradients must outlive the other's backward pass
-        broadcast_buffers=False,
-        timeout=timeout,
-    )
+
+    def __init__(self, *, alternates: bool, timeout: timedelta):
+        super().__init__(
+            find_unused_parameters=alternates,
+            gradient_as_bucket_view=not alternates,  # they must outlive the other's backward pass
+            broadcast_buffers=False,
+            timeout=timeout,
+        )
 
 
 def resolve_strategy(settings: dict[str, Any], *, alternates: bool) -> str | Strategy:
@@ -58,7 +62,7 @@ def resolve_strategy(settings: dict[str, Any], *, alternates: bool) -> str | Str
         return ShardedStrategy(ranks=ranks, timeout=timeout)
     if name == "auto" and ranks == 1:
         return "auto"
-    return data_parallel(alternates=alternates, timeout=timeout)
+    return DataParallelStrategy(alternates=alternates, timeout=timeout)
 
 
 def syncs_batchnorm(settings: dict[str, Any]) -> bool:

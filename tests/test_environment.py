@@ -59,7 +59,7 @@ def bounds(requirement: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def third_party_imports() -> set[str]:
     sources = [path for folder in ("dcar", "experiments", "tests") for path in files(folder)]
     roots = {root for path in sources for root in imported_roots(path)}
-    return roots - sys.stdlib_module_names - {"dcar", "experiments", "tests"}
+    return roots - sys.stdlib_module_names - {"benchmarks", "dcar", "experiments", "tests"}
 
 
 def files(folder: str) -> list[Path]:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from dcar.lit.lost_ranks import NamesLostRanks
 from dcar.models.generator import HybridGenerator
 
 
@@ -116,7 +117,7 @@ def hold_pieces(network: nn.Module) -> None:
         unit.set_reshard_after_forward(True, recurse=False)
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(NamesLostRanks, ModelParallelStrategy):
     """Trains `MaskedARGenerator` with FSDP2 on all ranks.
 
     Validation runs on whole weights: ranks have different numbers of batches, and only the first

@@ -146,8 +146,7 @@ def run_on_two_ranks(folder: Path, cases: dict[str, Any], seconds: int = 240) ->
 POLICY_CASES = {
     f"{kind} {what} {policy}": {"kind": kind, "what": what, "policy": policy, "rank": 1}
     for kind in ("2", "generator")
-    for what in ("input", "gradient", "reduced")
-    for policy in ("skip", "rollback")
+    for what, policy in (("input", "skip"), ("gradient", "rollback"), ("reduced", "skip"))
 }
 RAISING = {"kind": "2", "what": "input", "policy": "raise", "rank": 1, "record": True}
 LIMITED = {"kind": "generator", "what": "weight", "policy": "skip", "limit": 2, "rank": 1}

@@ -1,5 +1,6 @@
 """fp16 that is really fp16, on a CPU too: what computes in which precision, and does it learn."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.precision import precision_plugin
+from experiments.run import main
 from tests.lit.nonfinite_run import INF, Poison, Watch, precise_trainer, toy_module
 from tests.toys import ToyData, weights
 
@@ -103,3 +105,12 @@ def test_resuming_in_fp16_is_bit_equal_with_overflows_before_and_after(
     assert seen_again.verdicts == seen.verdicts[3:] and seen_again.scalers == seen.scalers[3:]
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.slow
+def test_the_command_trains_in_fp16_on_a_cpu(tmp_path: Path) -> None:
+    precision = ["trainer.precision=16-mixed", "trainer.accelerator=cpu"]
+    assert main(["--exp=smoke/stage1", f"outputs={tmp_path}", "max_steps=3", *precision]) == 0
+    facts = json.loads((tmp_path / "smoke" / "stage1" / "metrics.json").read_text())
+    assert facts["precision"] == "16-mixed" and facts["metrics"]["opt/loss_scale"] > 0
+    assert facts["metrics"]["opt/skipped_steps"] <= 1

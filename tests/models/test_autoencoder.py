@@ -345,3 +345,41 @@ def test_outputs_equal_those_of_diffusers(first_depth: int, size: tuple[int, int
     torch.testing.assert_close(ours["encoder"](image), latent, atol=1e-4, rtol=1e-4)
     recon = theirs.decode(latent).sample
     torch.testing.assert_close(ours["decoder"](latent), recon, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recomputed_activations_change_neither_gradients_nor_running_statistics(
+    training: bool,
+) -> None:
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        encoder = make_encoder(checkpoint_activations=recompute)
+        decoder = make_decoder(norms=["bn2d", "bn2d", "ln2d"], checkpoint_activations=recompute)
+        both = nn.ModuleList([encoder, decoder]).train(training)
+        for number in (1, 2):  # statistics of the second batch stand on those of the first
+            image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+            recon = decoder(encoder(image))
+            (recon - image).square().mean().backward()
+        gradients = {name: p.grad for name, p in both.named_parameters()}
+        results.append(gradients | dict(both.named_buffers()) | {"recon": recon.detach()})
+    assert any(name.endswith("num_batches_tracked") for name in results[0])
+    for name, tensor in results[0].items():
+        assert tensor is not None and torch.equal(tensor, results[1][name]), name
+
+
+def test_recomputing_keeps_the_inputs_of_layers_alone() -> None:
+    saved = {}
+    for recompute in (False, True):
+        decoder = make_decoder(checkpoint_activations=recompute)
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        latent = torch.randn(2, 8, 4, 4)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            decoder(latent)
+        saved[recompute] = sum(sizes)
+    assert saved[True] < saved[False] / 2

@@ -1,0 +1,35 @@
+"""What a training says where one of its processes is gone and the others waited for it in vain."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+# gloo raises a bare RuntimeError: these are the words of its transport, and of its time limit
+GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+
+
+class LostRankError(RuntimeError):
+    """Another process of the training has ended or does not answer; the message says how we know.
+
+    The last checkpoint is whole; the same command with --ckpt=auto goes on from it.
+    """
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error of torch says that another process is gone, rather than what is wrong."""
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in GLOO)
+
+
+class NamesLostRanks:
+    """For a strategy, before Lightning's: raises LostRankError in place of the transport's error."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)  # type: ignore[misc]
+        if is_lost_rank(exception):
+            reason: Any = " ".join(str(exception).split())
+            raise LostRankError(
+                "a process of this training was lost: it has ended or did not answer in time; its "
+                f"own output says why. Go on with --ckpt=auto. ({reason})"
+            ) from exception
