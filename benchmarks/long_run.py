@@ -228,12 +228,16 @@ def same(first: Any, second: Any) -> bool:
     return type(first) is type(second) and (first == second or both_nan)
 
 
+def shown(value: Any) -> str:
+    return f"tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)[:80]
+
+
 def differences(first: Any, second: Any) -> list[str]:
     """Names of the values that are not the same in both."""
     ours, theirs = dict(leaves(first)), dict(leaves(second))
     missing = object()
     return [
-        f"{name}: {ours.get(name, 'missing')} against {theirs.get(name, 'missing')}"[:200]
+        f"{name}: {shown(ours.get(name, 'missing'))} against {shown(theirs.get(name, 'missing'))}"
         for name in {**ours, **theirs}
         if not same(ours.get(name, missing), theirs.get(name, missing))
     ]

@@ -1,7 +1,5 @@
 """What a training says where one of its processes is gone and the others waited for it in vain."""
 
-from typing import Any
-
 import torch.distributed as dist
 
 # gloo raises a bare RuntimeError: these are the words of its transport, and of its time limit
@@ -23,12 +21,12 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 class NamesLostRanks:
-    """For a strategy, before Lightning's: raises LostRankError in place of the transport's error."""
+    """Before a strategy of Lightning's: raises LostRankError in place of the transport's error."""
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)  # type: ignore[misc]
         if is_lost_rank(exception):
-            reason: Any = " ".join(str(exception).split())
+            reason = " ".join(str(exception).split()).split(" This is typically")[0]
             raise LostRankError(
                 "a process of this training was lost: it has ended or did not answer in time; its "
                 f"own output says why. Go on with --ckpt=auto. ({reason})"

@@ -19,10 +19,11 @@ States = dict[str, Any]
 def random_states(device: torch.device) -> States:
     """The states of Python's, numpy's and torch's generators, as tensors and plain containers."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, cached = numpy_state
     states: States = {
         "python": [version, list(words), gauss],
-        "numpy": [[int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "numpy": [keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
@@ -41,12 +42,14 @@ def restore_random_states(states: States, device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def seed_generators(key: str) -> None:
-    """Begin all generators anew, on every device, with numbers that are a function of `key`."""
+def seed_generators(key: str, device: torch.device) -> None:
+    """Begin all generators anew, that of `device` too, with numbers that `key` alone decides."""
     seed = random.Random(key).getrandbits(63)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes a while for GPUs not used
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class RandomStates(Callback):
@@ -66,8 +69,8 @@ class RandomStates(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        number = trainer.fit_loop.total_batch_idx
-        seed_generators(f"{getattr(pl_module, 'seed', 0)}/{number}/{trainer.global_rank}")
+        seed, number = getattr(pl_module, "seed", 0), trainer.fit_loop.total_batch_idx
+        seed_generators(f"{seed}/{number}/{trainer.global_rank}", pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any

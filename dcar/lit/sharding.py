@@ -82,14 +82,15 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, *, module_name: str) -> 
     keys_values = [block.get_submodule("cross_attention.key_value") for block in blocks]
     head = [generator.residual_head] if generator.residual_head is not None else []
     for unit in (*keys_values, *blocks, *head, generator):
-        fully_shard(unit, mesh=mesh)
+        # in pieces again after any forward pass, one without a backward pass after it included
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for unit in head:
         register_fsdp_forward_method(unit, "loss")
     register_fsdp_forward_method(generator, "losses")
     _prefetch([generator, *head, *reversed(blocks), *reversed(keys_values), generator])
     for name, part in network.named_children():
         if name != "generator":
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def _prefetch(backward_order: Sequence[Any]) -> None:

@@ -25,7 +25,7 @@ from dcar.lit.guard import (
 from dcar.lit.random_states import random_states
 from dcar.lit.rollback import roll_back
 from dcar.lit.schedules import constant
-from dcar.lit.sharding import hold_pieces, whole
+from dcar.lit.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,6 @@ class SteppingModule(LightningModule):
             yield
         finally:
             self.is_repeating = False
-            hold_pieces(
-                self.network
-            )  # where they are sharded, a forward pass alone leaves some whole
             self._forget_forward()
 
     def log(self, *args: Any, **kwargs: Any) -> None:

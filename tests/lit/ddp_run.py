@@ -47,8 +47,10 @@ def build(kind: str, accumulate: int) -> BaseModule:
 
 def train(kind: str, ranks: int, accumulate: int) -> BaseModule:
     module = build(kind, accumulate)
-    trainer_settings = load_config("smoke/stage2", [f"trainer.devices={ranks}"]).trainer
-    strategy = resolve_strategy(trainer_settings, alternates=len(module.optimized()) > 1)
+    settings = {"devices": ranks, "num_nodes": 1, "accelerator": "cpu", "strategy": "auto"}
+    strategy = resolve_strategy(
+        settings | {"timeout_minutes": 2}, alternates=len(module.optimized()) > 1
+    )
     trainer = toy_trainer(STEPS, devices=ranks, strategy=strategy)
     trainer.fit(module, datamodule=ToyData(BATCH // accumulate, count=IMAGES, world=ranks))
     assert trainer.global_step == STEPS and trainer.world_size == ranks

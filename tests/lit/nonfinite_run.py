@@ -6,6 +6,8 @@ python tests/lit/nonfinite_run.py FOLDER '{"NAME": {"kind": "2", "what": "input"
 import json
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,21 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import Strategy
 
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.base import BaseModule
 from dcar.lit.guard import NonFiniteError, NonFiniteGuard
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.precision import precision_plugin
+from dcar.lit.sharding import ShardedStrategy, own_piece, whole_state
 from dcar.models.losses import TokenizerCriterion
+from experiments.strategy import DataParallelStrategy
+from tests.lit.ddp_run import run_forked
 from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer
 
 NAN, INF = float("nan"), float("inf")
+PATIENCE = timedelta(minutes=1)
 
 
 def toy_module(kind: str, **options: Any) -> BaseModule:
@@ -90,7 +96,7 @@ class Poison(Callback):
         if self.what in parts and self.is_now(trainer):
             part = getattr(pl_module, parts[self.what])
             gradient = next(p.grad for p in part.parameters() if p.grad is not None)
-            gradient.view(-1)[0] = self.value
+            own_piece(gradient).view(-1)[0] = self.value
 
 
 class Watch(Callback):
@@ -109,7 +115,7 @@ class Watch(Callback):
         tensors = {f"average.{n}": t for a in averages for n, t in a.state_dict().items()}
         tensors |= {f"{i}.{n}": t for i, state in enumerate(states) for n, t in state.items()}
         tensors |= pl_module.state_dict()
-        self.broken += [n for n, t in tensors.items() if not torch.isfinite(t).all()]
+        self.broken += [n for n, t in tensors.items() if not torch.isfinite(own_piece(t)).all()]
 
 
 def fit_poisoned(
@@ -121,7 +127,7 @@ def fit_poisoned(
     batches: Sequence[int] = (2,),
     value: float = NAN,
     rank: int = 0,
-    ranks: int = 1,
+    strategy: str = "auto",
     precision: str = "32-true",
     steps: int = 4,
     limit: int = 10,
@@ -135,12 +141,13 @@ def fit_poisoned(
     watch, average = Watch(), AverageWeights(decay=0.9)
     last = LastCheckpoint(folder=folder / "checkpoints", every_steps=1)
     callbacks = [Poison(what, batches, rank=rank, value=value), average, last, watch]
-    strategy: Any = "auto"
-    if ranks > 1:
-        alternates = len(module.optimized()) > 1
-        strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=alternates)
-    settings = {"callbacks": callbacks, "devices": ranks, "strategy": strategy}
-    trainer, error = precise_trainer(steps, precision, **settings), ""
+    ranks = 1 if strategy == "auto" else 2
+    spread: dict[str, Strategy] = {
+        "ddp": DataParallelStrategy(alternates=len(module.optimized()) > 1, timeout=PATIENCE),
+        "fsdp2": ShardedStrategy(ranks=2, timeout=PATIENCE),
+    }
+    settings: dict[str, Any] = {"devices": ranks, "strategy": spread.get(strategy, "auto")}
+    trainer, error = precise_trainer(steps, precision, callbacks=callbacks, **settings), ""
     try:
         trainer.fit(module, datamodule=ToyData(4 * ranks, count=16 * ranks, world=ranks))
     except NonFiniteError as raised:
@@ -153,16 +160,16 @@ def fit_poisoned(
         "scalers": watch.scalers,
         "skipped": guard.skipped,
         "records": sorted(map(str, (folder / "flight").glob("*.pt"))),
-        "weights": {name: t.clone() for name, t in module.state_dict().items()},
+        "weights": {name: t.clone() for name, t in whole_state(module).items()},
     }
 
 
-def main(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
-    """One training after the other on the ranks of this job; each rank saves what it found."""
-    torch.set_num_threads(1)
-    found = {name: fit_poisoned(folder / name, ranks=2, **case) for name, case in cases.items()}
-    torch.save(found, folder / f"found_{torch.distributed.get_rank()}.pt")
+def main(folder: Path, cases: dict[str, dict[str, Any]], ranks: int) -> None:
+    """On each of two ranks one training after the other; each saves what it found."""
+    if ranks == 2:
+        found = {name: fit_poisoned(folder / name, **case) for name, case in cases.items()}
+        torch.save(found, folder / f"found_{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    run_forked(partial(main, Path(sys.argv[1]), json.loads(sys.argv[2])))

@@ -23,8 +23,14 @@ from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.sharding import ShardedStrategy, own_piece
 from tests.lit.ddp_run import run_forked
-from tests.toys import ToyData, ToyImages, ToyLoader, toy_generator, toy_masked_generator
-from tests.toys import toy_trainer
+from tests.toys import (
+    ToyData,
+    ToyImages,
+    ToyLoader,
+    toy_generator,
+    toy_masked_generator,
+    toy_trainer,
+)
 
 STEPS, BATCH, IMAGES = 5, 8, 32
 
@@ -58,9 +64,7 @@ class Watch(Callback):
             self.facts["pictures"] += 1
 
 
-def toy_module(
-    *, accumulate: int = 1, checkpoint_activations: bool = False
-) -> MaskedARGenerator:
+def toy_module(*, accumulate: int = 1, checkpoint_activations: bool = False) -> MaskedARGenerator:
     torch.manual_seed(0)
     generator = toy_generator(scale=None, caption_drop=0.3)
     generator.transformer.checkpoint_activations = checkpoint_activations
@@ -79,10 +83,11 @@ def fit(
     **options: Any,
 ) -> dict[str, Any]:
     module, watch = toy_module(**options), Watch()
+    sharded = ShardedStrategy(ranks=ranks, timeout=timedelta(minutes=1))
     trainer = toy_trainer(
         STEPS,
         devices=ranks,
-        strategy=ShardedStrategy(ranks=ranks, timeout=timedelta(minutes=1)) if ranks > 1 else "auto",
+        strategy=sharded if ranks > 1 else "auto",
         callbacks=[
             AverageWeights(decay=0.9),
             watch,

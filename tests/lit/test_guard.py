@@ -1,6 +1,7 @@
 """Steps that are not finite: judged alike on all ranks, never taken, and what each policy does."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -124,10 +125,9 @@ def test_weights_that_are_already_nan_end_the_run_at_the_limit(tmp_path: Path) -
 def run_on_two_ranks(folder: Path, cases: dict[str, Any], seconds: int = 240) -> list[Any]:
     """What each rank found."""
     folder.mkdir(exist_ok=True)
-    port = str(20000 + os.getpid() % 20000)
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(folder), json.dumps(cases)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": port},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -143,16 +143,22 @@ def run_on_two_ranks(folder: Path, cases: dict[str, Any], seconds: int = 240) ->
     return [torch.load(folder / f"found_{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+DDP = {"strategy": "ddp", "rank": 1}
 POLICY_CASES = {
-    f"{kind} {what} {policy}": {"kind": kind, "what": what, "policy": policy, "rank": 1}
+    f"{kind} {what} {policy}": DDP | {"kind": kind, "what": what, "policy": policy}
     for kind in ("2", "generator")
     for what, policy in (("input", "skip"), ("gradient", "rollback"), ("reduced", "skip"))
 }
-RAISING = {"kind": "2", "what": "input", "policy": "raise", "rank": 1, "record": True}
-LIMITED = {"kind": "generator", "what": "weight", "policy": "skip", "limit": 2, "rank": 1}
-HALF = {"kind": "generator", "precision": "16-mixed", "steps": 6, "policy": "skip", "rank": 1}
+FSDP2 = {"strategy": "fsdp2", "rank": 1, "kind": "generator", "record": True}
+POLICY_CASES |= {
+    "pieces skip": FSDP2 | {"what": "reduced", "policy": "skip"},
+    "pieces rollback": FSDP2 | {"what": "input", "policy": "rollback"},
+}
+RAISING = DDP | {"kind": "2", "what": "input", "policy": "raise", "record": True}
+LIMITED = DDP | {"kind": "generator", "what": "weight", "policy": "skip", "limit": 2}
+HALF = DDP | {"kind": "generator", "precision": "16-mixed", "steps": 6, "policy": "skip"}
 OVERFLOWED = HALF | {"what": "reduced", "batches": [4], "value": INF}
-CODEBOOK = {"kind": "2", "what": "nothing", "policy": "raise", "steps": 50, "norm": "ln2d"}
+CODEBOOK = DDP | {"kind": "2", "what": "nothing", "policy": "raise", "steps": 50, "norm": "ln2d"}
 CASES = POLICY_CASES | {
     "raise": RAISING,
     "limit": LIMITED,
@@ -189,6 +195,17 @@ def test_all_ranks_raise_and_the_rank_with_the_bad_loss_keeps_the_record(
         assert path.endswith("flight_step_00000002_rank_1.pt")
         assert f"the loss is not finite at step 2; the record of it is {path}" in found["error"]
         assert torch.load(path, weights_only=True)["rank"] == 1
+
+
+@pytest.mark.slow
+def test_a_record_of_weights_in_pieces_is_whole(two_ranks: list[dict[str, Any]]) -> None:
+    (path,) = two_ranks[0]["pieces rollback"]["records"]
+    record = torch.load(path, weights_only=True)
+    whole = two_ranks[0]["pieces rollback"]["weights"]
+    shapes = {name: tensor.shape for name, tensor in record["state_dict"].items()}
+    assert shapes == {name: tensor.shape for name, tensor in whole.items()}
+    assert record["rank"] == 1 and any(map(math.isnan, record["largest"]["outputs"].values()))
+    assert all(map(math.isfinite, record["largest"]["weights"].values()))
 
 
 @pytest.mark.slow

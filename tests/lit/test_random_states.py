@@ -26,17 +26,13 @@ CPU = torch.device("cpu")
 
 
 def draw() -> list[float]:
-    return [
-        random.random(),
-        float(np.random.rand()),
-        float(np.random.randn()),
-        float(torch.rand(())),
-    ]
+    """Of Python's and numpy's generators also half of a pair of normal numbers."""
+    python = [random.random(), random.gauss(0, 1)]
+    return [*python, float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))]
 
 
 def test_what_is_restored_draws_the_same_numbers_again(tmp_path: Path) -> None:
-    draw()
-    random.gauss(0, 1), np.random.randn()  # half a pair of normal numbers waits in each of them
+    draw()  # now half a pair of normal numbers waits in each of the two
     torch.save(random_states(CPU), tmp_path / "states")
     first = draw()
     draw()
@@ -95,7 +91,7 @@ def dropout_stage():
 def run(folder: Path, steps: int, *, resume: Path | None = None, states=True, data=None, **more):
     """A training that begins with the generators in a state that a resumed one does not have."""
     module, seen = dropout_stage(), Seen()
-    seed_generators(f"at the start of a run resumed from {resume}")
+    seed_generators(f"at the start of a run resumed from {resume}", CPU)
     last = LastCheckpoint(folder=folder, every_steps=1, keep=9)
     trainer = toy_trainer(
         steps,
@@ -154,9 +150,9 @@ def test_every_batch_and_every_seed_has_numbers_of_its_own(tmp_path: Path) -> No
         trainer.fit_loop.epoch_loop.batch_progress.total.ready = number + 1
         callback.on_train_batch_start(trainer, toy_stage(1, seed=seed), {}, 0)
         seen += draw()
-    assert len(set(seen)) == 12
-    seed_generators("0/0/1")  # as the second rank does it
-    assert draw() != seen[:4]
+    assert len(set(seen)) == 15
+    seed_generators("0/0/1", CPU)  # as the second rank does it
+    assert draw() != seen[:5]
 
 
 def test_a_checkpoint_holds_one_entry_a_rank_and_opens_safely(straight) -> None:
