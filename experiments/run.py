@@ -86,7 +86,14 @@ def run(arguments: Sequence[str]) -> None:
     task(config, RunOptions(ckpt=options.ckpt, dry_run=options.dry_run))
 
 
-NOTICES = ("litlogger", "weights_only", " available: ", "Automatic Mixed Precision", "`Trainer")
+NOTICES = (
+    "litlogger",
+    "weights_only",
+    " available: ",
+    "Automatic Mixed Precision",
+    "`Trainer",
+    "static graph optimizations",
+)
 
 
 def quieten() -> None:

@@ -19,6 +19,7 @@ from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.lineage import model_lineage
 from dcar.lit.precision import precision_plugin
+from dcar.lit.sharding import is_sharded
 from dcar.models.checkpoints import (
     PARTS,
     CheckpointError,
@@ -56,6 +57,13 @@ def resolve_precision(precision: str) -> str:
     return "bf16-mixed" if quick_dtype() == "bfloat16" else "32-true"
 
 
+def build_logger(node: DictConfig, resume: Path | None) -> Any:
+    """TensorBoard forgets what was logged after the checkpoint, which is logged again."""
+    if resume is None or not node._target_.endswith("TensorBoardLogger"):
+        return build(node)
+    return build(node, purge_step=first_logged_step(read_checkpoint(resume, mapped=True)))
+
+
 def build_trainer(
     config: DictConfig, module: BaseModule, options: RunOptions, *, resume: Path | None = None
 ) -> Trainer:
@@ -77,9 +85,7 @@ def build_trainer(
     if options.dry_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks, plugins=plugins)
-    # what was logged after the checkpoint will be logged again
-    purge = {"purge_step": first_logged_step(read_checkpoint(resume))} if resume else {}
-    loggers = [build(node, **purge) for node in config.loggers.values()]
+    loggers = [build_logger(node, resume) for node in config.loggers.values()]
     return Trainer(**settings, callbacks=callbacks, logger=loggers, plugins=plugins)
 
 
@@ -152,6 +158,9 @@ def export(module: MaskedARGenerator, config: DictConfig) -> None:
     """The averaged generator with its tokenizer as a model folder, ready for `--exp=sample`."""
     folder = Path(config.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
+    if is_sharded(module.network):  # this process has a piece of it, and the others are done
+        plain_config, module = module.plain_config, build(config.module)
+        module.plain_config = plain_config
     module.load_network(last, expected=(type(module).__name__,))
     save_model(module.model(), folder / "model", lineage=model_lineage(last))
 

@@ -39,6 +39,8 @@ NO_SOURCE = {
     "test_imports.py": "this file",
     "test_readme.py": "runs README.md",
     "data/test_loader_in_lightning.py": "the loader in a Trainer",
+    "lit/test_last_checkpoint_outside.py": "full disks, SLURM, another rank",
+    "experiments/test_nodes.py": "two nodes joined by a cable, one of them lost",
     "experiments/test_long_run.py": "a short run of benchmarks/long_run.py",
     "data/test_stream_kinds.py": "mixtures, buckets, captions and tokens",
     "data/test_stream_remote.py": "the stream over a faulty server",

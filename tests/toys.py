@@ -178,7 +178,7 @@ class ToyLoader(DataLoader):
         self.position = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return {"position": self.position % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.skip = state["position"]

@@ -168,7 +168,9 @@ class MaskedARGenerator(BaseModule):
 
     def on_train_start(self) -> None:
         if self.measures_scale and self.global_step == 0:
-            self._measure_residual_scale(1 if self.is_dry_run else self.scale_batches)
+            self._measure_residual_scale(
+                1 if self.is_dry_run else self.scale_batches * self.accumulate
+            )
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._refuse_unknown_tokens(batch, "train")

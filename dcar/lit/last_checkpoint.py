@@ -23,6 +23,7 @@ from torch.distributed.constants import default_pg_timeout
 from dcar.data.members import DataError
 from dcar.data.storage import is_remote
 from dcar.lit.checkpoint_io import DurableCheckpointIO, link_durably, sweep
+from dcar.lit.guard import NonFiniteError
 from dcar.models.checkpoints import CheckpointError, digest_path
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ class LastCheckpoint(Checkpoint):
         finally:
             self._restore_handlers()
             self.ranks = None
-        if isinstance(exception, DataError | Interrupted | CheckpointError):
+        if isinstance(exception, DataError | Interrupted | CheckpointError | NonFiniteError):
             self._let_the_first_process_end_first(trainer)
 
     def _save_after_data_failed(self, trainer: Trainer) -> None:

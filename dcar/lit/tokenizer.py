@@ -17,6 +17,7 @@ from dcar.data.members import DataError
 from dcar.evaluation.metrics import ReconstructionMetrics
 from dcar.lit.base import BaseModule, train_only
 from dcar.lit.frozen import Frozen
+from dcar.lit.guard import NonFiniteError
 from dcar.lit.stepping import Losses
 from dcar.models.checkpoints import load_strictly
 from dcar.models.kmeans import kmeans
@@ -188,6 +189,10 @@ class TokenizerModule(BaseModule):
         gathered = gathered.view(ranks, -1, *gathered.shape[-3:])  # (ranks, B, C, H, W)
         vectors = rearrange(gathered, "rank b c h w -> (b rank h w) c")  # as one process sees them
         rank_zero_info(f"codebook: k-means of {len(vectors)} latents to {quantizer.num_codes}")
+        if not vectors.isfinite().all():  # outside any step, so nothing else would notice
+            raise NonFiniteError(
+                "the latents for k-means are not finite: look at the first batches and init_from"
+            )
         quantizer.initialize(
             kmeans(vectors, quantizer.num_codes, iterations=20, seed=self.seed, spherical=True)
         )

@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dcar.models.checkpoints import CheckpointError, load_model
 from experiments.config import load_config
+from experiments.resume import find_resume
 from experiments.run import RunOptions, main
 from experiments.sample import find_model
-from experiments.train import find_resume, resolve_precision, train
+from experiments.train import resolve_precision, train
 from tests.toys import ROOT
 
 CHAIN = ("stage1", "stage2", "stage3", "pretrain_256", "finetune_512")

@@ -1,67 +1,23 @@
 """last.ckpt stays current; a signal ends a run cleanly and the next one goes on."""
 
-import json
 import os
-import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcar.data.members import DataError
-from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint, step_files
-from dcar.models.checkpoints import CheckpointError, file_digest, known_digests
-from experiments.resume import first_logged_step
+from dcar.models.checkpoints import file_digest, known_digests
+from tests.stopping import Signal, SignalAtBatch, fit, step_of
 from tests.toys import ToyData, toy_stage, toy_trainer
-
-SCRIPT = Path(__file__).with_name("kill_run.py")
-
-
-class Signal(Callback):
-    """Sends this process a signal in the middle of a step."""
-
-    def __init__(self, number: int, at_step: int):
-        self.number, self.at_step = number, at_step
-
-    def on_train_batch_start(self, trainer, *args, **kwargs) -> None:
-        if trainer.global_step == self.at_step:
-            os.kill(os.getpid(), self.number)
-
-
-class SignalAtBatch(Callback):
-    """Sends this process a signal in the middle of a batch of the epoch."""
-
-    def __init__(self, number: int, batch_idx: int):
-        self.number, self.batch_idx = number, batch_idx
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if batch_idx == self.batch_idx:
-            os.kill(os.getpid(), self.number)
-
-
-def fit(steps: int, *callbacks: Callback, ckpt_path: Path | None = None, **options):
-    """A toy stage trained to `steps`, on 8 batches an epoch."""
-    module = toy_stage(1, **options)
-    trainer = toy_trainer(steps, callbacks=list(callbacks), plugins=[DurableCheckpointIO()])
-    trainer.fit(module, datamodule=ToyData(2), ckpt_path=ckpt_path)
-    return module
 
 
 def assert_equal(one, other) -> None:
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-
-
-def step_of(folder: Path) -> int:
-    return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
 
 
 class Saved(Callback):
@@ -267,156 +223,3 @@ def test_data_that_fail_before_the_first_step_leave_the_checkpoints_of_an_earlie
     with pytest.raises(DataError):
         toy_trainer(9, callbacks=[last]).fit(toy_stage(1), datamodule=NoData(has_loader))
     assert step_of(tmp_path) == 1 and list(step_files(tmp_path)) == [1]
-
-
-class Full:
-    """A disk on which no file grows beyond a size, from a step on."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __enter__(self) -> None:
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *args) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
-class FullFrom(Callback):
-    """The disk is full while this step and those after it are saved."""
-
-    def __init__(self, step: int, until: int = 100):
-        self.step, self.until, self.disk = step, until, Full(50_000)
-
-    def on_train_batch_start(self, trainer, *args, **kwargs) -> None:
-        if trainer.global_step + 1 == self.step:
-            self.disk.__enter__()
-        if trainer.global_step == self.until:
-            self.disk.__exit__()
-
-    def on_exception(self, *args) -> None:
-        self.disk.__exit__()
-
-
-def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path, caplog) -> None:
-    fit(5, LastCheckpoint(folder=tmp_path, every_steps=1), FullFrom(2, until=3))
-    assert list(step_files(tmp_path)) == [4, 5] and step_of(tmp_path) == 5
-    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
-    assert len(errors) == 2  # of steps 2 and 3; last.ckpt was not tried
-    assert "step_00000002.ckpt could not be written: File too large" in errors[0]
-    assert not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.parametrize("told", [False, True])
-def test_a_full_disk_at_the_end_is_an_error_and_the_last_good_checkpoint_stays(
-    told: bool, tmp_path: Path
-) -> None:
-    last = LastCheckpoint(folder=tmp_path, every_steps=1)
-    others = [SignalAtBatch(signal.SIGTERM, 3)] if told else []
-    with pytest.raises(CheckpointError, match=r"step_0000000\d.ckpt is not saved: File too large"):
-        fit(9 if told else 4, last, FullFrom(4), *others)
-    assert step_of(tmp_path) == 3
-    assert known_digests(tmp_path / "last.ckpt") == [file_digest(tmp_path / "last.ckpt")]
-    assert not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.parametrize("answer", [0, 1])
-def test_in_a_slurm_job_sigusr1_saves_and_queues_the_job_again(
-    answer: int, tmp_path: Path, monkeypatch
-) -> None:
-    asked, scontrol = tmp_path / "asked", tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nexit {answer}\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    previous = signal.getsignal(signal.SIGUSR1)
-    last = LastCheckpoint(folder=tmp_path, every_steps=100)
-    with pytest.raises(Interrupted) as stopped:
-        fit(9, last, Signal(signal.SIGUSR1, 2))
-    assert asked.read_text() == "requeue 4711\n" and step_of(tmp_path) == 3
-    assert stopped.value.exit_code == (0 if answer == 0 else 128 + signal.SIGUSR1)
-    assert signal.getsignal(signal.SIGUSR1) is previous
-
-
-def test_outside_slurm_sigusr1_is_left_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    previous, seen = signal.getsignal(signal.SIGUSR1), []
-
-    class Watch(Callback):
-        def on_train_batch_start(self, *args) -> None:
-            seen.append(signal.getsignal(signal.SIGUSR1))
-
-    fit(1, LastCheckpoint(folder=tmp_path, every_steps=1), Watch())
-    assert seen == [previous]
-
-
-def test_lightning_s_own_requeueing_stands_aside_where_it_is_told_to(
-    tmp_path: Path, monkeypatch
-) -> None:
-    """As a SLURM job has it; the two would otherwise both handle the signal before the loop."""
-    slurm = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"}
-    ranks = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    for name, value in (slurm | ranks).items():
-        monkeypatch.setenv(name, value)
-    seen = []
-
-    class Watch(Callback):
-        def on_train_start(self, *args) -> None:  # comes before LastCheckpoint's
-            seen.append(signal.getsignal(signal.SIGUSR1))
-
-    last = LastCheckpoint(folder=tmp_path, every_steps=1)
-    environment = SLURMEnvironment(auto_requeue=False)
-    previous = signal.getsignal(signal.SIGUSR1)
-    trainer = toy_trainer(1, callbacks=[Watch(), last], plugins=[environment])
-    trainer.fit(toy_stage(1), datamodule=ToyData())
-    assert seen == [previous] and step_of(tmp_path) == 1
-
-
-def logged_steps(folder: Path) -> list[int]:
-    events = EventAccumulator(str(folder)).Reload()
-    return [event.step for event in events.Scalars("train/loss")]
-
-
-def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path) -> None:
-    """Steps 5 to 7 are logged by a run that is killed after its checkpoint of step 5."""
-
-    def run(steps: int, ckpt_path: Path | None = None) -> None:
-        purge = None
-        if ckpt_path is not None:
-            purge = first_logged_step(torch.load(ckpt_path, weights_only=True))
-        logger = TensorBoardLogger(
-            tmp_path, name="tensorboard", version="", purge_step=purge, max_queue=1
-        )
-        last = LastCheckpoint(folder=tmp_path / f"to_{steps}", every_steps=5)
-        trainer = toy_trainer(steps, callbacks=[last], logger=logger, log_every_n_steps=1)
-        trainer.fit(toy_stage(1), datamodule=ToyData(), ckpt_path=ckpt_path)
-
-    run(8)
-    assert logged_steps(tmp_path / "tensorboard") == list(range(8))
-    run(10, tmp_path / "to_8" / "step_00000005.ckpt")
-    assert logged_steps(tmp_path / "tensorboard") == list(range(10))
-
-
-@pytest.mark.slow
-def test_what_ends_one_of_two_processes_ends_both_with_a_checkpoint_and_the_right_code(
-    tmp_path: Path,
-) -> None:
-    """SIGTERM to one, data that one cannot read, a disk that is full: nobody waits for nobody."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "ranks", str(tmp_path), "terminate", "data", "disk"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["terminate"]["codes"] == [143, 143] and found["terminate"]["step"] == 3
-    # the first process had read the fourth batch, which the second could not: nobody trained on it
-    assert found["data"]["codes"] == [3, 3] and found["data"]["step"] == 3
-    assert found["data"]["position"] == [{"position": 3}]
-    assert found["disk"]["codes"] == [2, 2] and "step" not in found["disk"]
-    assert found["terminate"]["ranks"] == found["data"]["ranks"] == 2
-    assert all(event["seconds"] < 60 for event in found.values())
