@@ -21,8 +21,9 @@ install: $(STAMP)  ## make .venv and install the project with pinned versions
 quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
 	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
 
-test: test-fast  ## every test, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile
+test: test-fast  ## every test, the slow ones too; at the end README.md's commands, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --ignore=tests/test_readme.py
+	$(BIN)/python -m pytest tests/test_readme.py
 
 test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto

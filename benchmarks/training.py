@@ -140,7 +140,7 @@ def run(name: str, options: argparse.Namespace) -> None:
         profile.dump_stats(options.profile)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +156,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--profile", help="file for `python -m pstats`, of the blocks from memory")
     parser.add_argument("--set", nargs="*", default=[])
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
     quieten()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     print(

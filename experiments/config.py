@@ -3,6 +3,8 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +109,16 @@ def as_text(override: str) -> str:
 
 
 def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    return deepcopy(_composed(CONFIGS, name, tuple(overrides)))
+
+
+@lru_cache(maxsize=64)  # each takes a third of a second, and a process asks for some again
+def _composed(folder: Path, name: str, overrides: tuple[str, ...]) -> DictConfig:
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose(f"experiment/{name}", [f"+exp={name}", *overrides])
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            return compose(f"experiment/{name}", [f"+exp={name}", *overrides])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    return config
 
 
 def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:

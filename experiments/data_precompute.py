@@ -31,6 +31,6 @@ def precompute(config: DictConfig, options: RunOptions) -> None:
         settings={
             **facts,
             "crop": config.crop,
-            "precision": resolve_precision(config.trainer.precision),
+            "precision": resolve_precision(config.trainer.precision, config.trainer.accelerator),
         },
     )

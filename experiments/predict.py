@@ -29,7 +29,7 @@ def resolve_strategy(settings: dict[str, Any]) -> str | Strategy:
 def build_trainer(config: DictConfig, **options: Any) -> Trainer:
     settings = cast(dict[str, Any], OmegaConf.to_container(config.trainer, resolve=True))
     settings["devices"] = settings["devices"] or "auto"
-    settings["precision"] = resolve_precision(str(settings["precision"]))
+    settings["precision"] = resolve_precision(str(settings["precision"]), settings["accelerator"])
     settings["strategy"] = resolve_strategy(settings)
     return Trainer(**settings, **options)
 

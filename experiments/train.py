@@ -18,7 +18,7 @@ from dcar.lit.callbacks import ConfigText
 from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.lineage import model_lineage
-from dcar.lit.precision import precision_plugin
+from dcar.lit.precision import is_on_cpu, precision_plugin
 from dcar.lit.sharding import is_sharded
 from dcar.models.checkpoints import (
     PARTS,
@@ -48,11 +48,11 @@ def build(node: Any, **arguments: Any) -> Any:
         raise ConfigError(f"{key or target}: {reason}") from error
 
 
-def resolve_precision(precision: str) -> str:
+def resolve_precision(precision: str, accelerator: str) -> str:
     """`auto`: fp16 on a GPU, bf16 on a CPU that has instructions for it, else fp32."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not is_on_cpu(accelerator):
         return "16-mixed"
     return "bf16-mixed" if quick_dtype() == "bfloat16" else "32-true"
 
@@ -68,7 +68,7 @@ def build_trainer(
     config: DictConfig, module: BaseModule, options: RunOptions, *, resume: Path | None = None
 ) -> Trainer:
     settings = cast(dict[str, Any], OmegaConf.to_container(config.trainer, resolve=True))
-    settings["precision"] = resolve_precision(str(settings["precision"]))
+    settings["precision"] = resolve_precision(str(settings["precision"]), settings["accelerator"])
     settings["strategy"] = resolve_strategy(settings, alternates=len(module.optimized()) > 1)
     settings["sync_batchnorm"] = syncs_batchnorm(settings)
     plugins: list[Any] = [DurableCheckpointIO()]
@@ -123,6 +123,7 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+        (folder / "metrics.json").unlink(missing_ok=True)  # it says that all is done
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     if module.validated_step != trainer.global_step and not options.dry_run:
         trainer.validate(module, datamodule=datamodule, verbose=False)

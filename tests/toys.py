@@ -1,7 +1,8 @@
 """Toy models and data that tests share: real classes at the smallest sizes, no files."""
 
 from collections.abc import Iterator
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from dcar.models.transformer import MaskedTransformer
 ROOT = Path(__file__).parents[1]
 STAGES = {1: TokenizerStage1, 2: TokenizerStage2, 3: TokenizerStage3}
 SIZE, CODES, CHANNELS = 32, 16, 4
+# Of other ranks: forking is quick, but autograd refuses it once it has threads for a GPU
+START = "spawn" if torch.cuda.is_available() else "fork"
 
 
 def autoencoder_config() -> dict[str, Any]:
@@ -104,6 +107,16 @@ def toy_criterion(stage: int, *, adversarial: float = 0.0) -> TokenizerCriterion
     )
 
 
+@cache
+def _metrics() -> ReconstructionMetrics:
+    return ReconstructionMetrics(features=None)
+
+
+def toy_metrics() -> ReconstructionMetrics:
+    """Without FID; the networks are read from their files once, and copied."""
+    return deepcopy(_metrics())
+
+
 def toy_stage(
     stage: int,
     *,
@@ -120,7 +133,7 @@ def toy_stage(
         if adversarial
         else None,
         "optimizer": partial(torch.optim.AdamW, lr=1e-2),
-        "metrics": partial(ReconstructionMetrics, features=None),
+        "metrics": toy_metrics,
     }
     return STAGES[stage](**settings | options)
 

@@ -81,6 +81,10 @@ class BytePass(nn.Module):
         embedded = self.encoder.model.embed_tokens(ids)
         if self.encoder.words is not None:
             embedded = embedded + self.encoder.words(ids)
+        if self.encoder.pool_words:
+            most = self.encoder.most_tokens
+            mask = mask[:, :1].expand(batch, most)
+            embedded = torch.zeros(batch, most, ids.shape[1]).to(embedded) @ embedded
         hidden = self.encoder.model(inputs_embeds=embedded, attention_mask=mask)
         return hidden.last_hidden_state, mask  # (B, L, E)
 

@@ -69,7 +69,9 @@ class AverageWeights(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.updates:
-            checkpoint["network"] = whole_state(self._network_copy(pl_module))
+            checkpoint["network"] = whole_state(
+                self._network_copy(pl_module), on_this_rank=trainer.is_global_zero
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "updates": self.updates}

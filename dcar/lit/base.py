@@ -114,7 +114,9 @@ class BaseModule(SteppingModule):
             "lineage": self.lineage | {"saved": utc_now()} if self.lineage else {},
         }
         if "network" not in checkpoint:  # averaged, where averages exist
-            checkpoint["network"] = whole_state(self.network)
+            checkpoint["network"] = whole_state(
+                self.network, on_this_rank=self.trainer.is_global_zero
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint["dcar"]["guard"])

@@ -20,8 +20,38 @@ def writer(trainer: Trainer) -> SummaryWriter | None:
     return experiment if isinstance(experiment, SummaryWriter) else None
 
 
+SHOWN = (
+    "train/loss",
+    "train/l1",
+    "train/lpips",
+    "train/token",
+    "train/residual",
+    "perf/images_per_second",
+)
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs scalars now, so that pictures stand beside them."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 class StepProgressBar(RichProgressBar):
-    """Lightning's bar for trainings that are told how many steps, not how many epochs, to run."""
+    """Lightning's bar for trainings that are told how many steps, not how many epochs, to run.
+
+    shown: names of logged training metrics beside the bar; looked at every `every_batches` only,
+    since to read a value waits for the GPU.
+    """
+
+    def __init__(self, *, shown: Sequence[str] = SHOWN, every_batches: int = 10, **bar: Any):
+        super().__init__(**bar)
+        self.shown, self.every_batches = tuple(shown), every_batches
+        self.read: dict[str, float] = {}
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        if trainer.training and trainer.fit_loop.total_batch_idx % self.every_batches == 0:
+            logged = trainer.callback_metrics
+            self.read = {name: float(logged[name]) for name in self.shown if name in logged}
+        return super().get_metrics(trainer, pl_module) | self.read
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch}"
@@ -49,7 +79,7 @@ class ReconstructionGrid(Callback):
         discrete = pl_module.network.decode(latents.discrete)
         hybrid = pl_module.network.decode(latents.continuous)
         grid = tile(reconstruction_columns(self.fixed, discrete, hybrid))
-        board.add_image("val/reconstruction", (grid + 1) / 2, trainer.global_step)
+        board.add_image("val/reconstruction", (grid + 1) / 2, logged_step(trainer))
 
 
 class SampleGrid(Callback):
@@ -69,7 +99,7 @@ class SampleGrid(Callback):
         tokens = pl_module.sample(text, text_mask, seeds=range(len(self.prompts)))
         pictures = [to_pil(image) for image in pl_module.decode(tokens)]
         grid = captioned_grid(pictures, self.prompts, columns=self.columns)
-        board.add_image("val/samples", np.asarray(grid), trainer.global_step, dataformats="HWC")
+        board.add_image("val/samples", np.asarray(grid), logged_step(trainer), dataformats="HWC")
 
 
 class CodebookHistogram(Callback):
@@ -80,18 +110,20 @@ class CodebookHistogram(Callback):
         if board is None:
             return
         for name, counts in pl_module.last_counts.items():
-            board.add_histogram(f"codebook/{name}_counts", counts, trainer.global_step)
+            board.add_histogram(f"codebook/{name}_counts", counts, logged_step(trainer))
 
 
 class Throughput(Callback):
     """`perf/images_per_second` and `data/wait_share`, the part of the time spent waiting for data.
 
     Averaged over `every_steps` batches; the first few, which compile and warm caches, are left out.
+    Saving a checkpoint is no waiting for data.
     """
 
     def __init__(self, *, every_steps: int = 20, warmup: int = 3):
         self.every_steps, self.warmup = every_steps, warmup
         self.batches = 0
+        self.has_saved = False  # since the last batch
         self._restart()
 
     def _restart(self) -> None:
@@ -107,7 +139,12 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        self.waited += time.perf_counter() - self.ended
+        if not self.has_saved:
+            self.waited += time.perf_counter() - self.ended
+        self.has_saved = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, _: Any) -> None:
+        self.has_saved = True
 
     def on_train_batch_end(
         self,
@@ -126,7 +163,7 @@ class Throughput(Callback):
         self.counted += 1
         if self.counted == self.every_steps:
             elapsed = self.ended - self.begun
-            pl_module.log("perf/images_per_second", self.images / elapsed, prog_bar=True)
+            pl_module.log("perf/images_per_second", self.images / elapsed)
             pl_module.log("data/wait_share", self.waited / elapsed)
             self._restart()
 

@@ -43,6 +43,7 @@ class StepCheck:
     finite_gradients: bool
     own_losses: bool = True  # are those of this rank finite?
     own_gradients: bool = True
+    scale: float | None = None  # that fp16 losses were multiplied by
 
     @property
     def passes(self) -> bool:
@@ -54,15 +55,20 @@ class StepCheck:
         return not (self.own_gradients if self.finite_losses else self.own_losses)
 
 
-def check_over_ranks(losses: Tensor, norms: Tensor) -> StepCheck:
-    """Judge a step by its losses and the norms of its gradients, both (n,), of every rank."""
+def check_over_ranks(losses: Tensor, norms: Tensor, scale: Tensor | None = None) -> StepCheck:
+    """Judge a step by its losses and the norms of its gradients, both (n,), of every rank.
+
+    scale: the loss scale of fp16, a scalar on the device.
+    """
     own = torch.stack([losses.isfinite().all(), norms.isfinite().all()]).float()
     flags = own.clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(flags, op=dist.ReduceOp.MIN)
     # the one wait for the device in a step
-    everywhere, here = torch.stack([flags, own]).bool().tolist()
-    return StepCheck(*everywhere, *here)
+    facts = torch.cat([flags, own, *([] if scale is None else [scale.view(1)])]).tolist()
+    all_losses, all_gradients, losses_here, gradients_here = map(bool, facts[:4])
+    last = None if scale is None else facts[4]
+    return StepCheck(all_losses, all_gradients, losses_here, gradients_here, last)
 
 
 def gather_over_ranks(value: Any) -> list[Any]:
@@ -106,11 +112,11 @@ class NonFiniteGuard:
         self.skipped = self.overflowed = self.in_a_row = 0
         self.scales: deque[dict[str, Any]] = deque(maxlen=200)  # loss scale of the last steps
 
-    def judge(self, check: StepCheck, *, step: int, scale: float | None) -> str:
+    def judge(self, check: StepCheck, *, step: int) -> str:
         """What becomes of a step: "take", "overflow" (skip, the scale is at fault) or a policy."""
-        verdict = self._verdict(check, scale)
-        if scale is not None:
-            self.scales.append({"step": step, "scale": scale, "verdict": verdict})
+        verdict = self._verdict(check)
+        if check.scale is not None:
+            self.scales.append({"step": step, "scale": check.scale, "verdict": verdict})
         if verdict == "take":
             self.in_a_row = 0
             return verdict
@@ -119,10 +125,11 @@ class NonFiniteGuard:
         self.in_a_row += verdict != "overflow"
         return "raise" if self.in_a_row >= self.limit else verdict
 
-    def _verdict(self, check: StepCheck, scale: float | None) -> str:
+    def _verdict(self, check: StepCheck) -> str:
         if check.passes:
             return "take"
-        if check.finite_losses and scale is not None and scale > SMALLEST_SCALE:
+        has_room = check.scale is not None and check.scale > SMALLEST_SCALE
+        if check.finite_losses and has_room:
             return "overflow"
         return self.policy
 

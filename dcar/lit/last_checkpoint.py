@@ -180,7 +180,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ranks is not None:
-            self._stop_if_told(trainer)
+            if not getattr(pl_module, "window", []):  # else the step in progress is finished first
+                self._stop_if_told(trainer)
             self.is_fetching = True
 
     def _agree_on_data(self, trainer: Trainer, *, failed: bool) -> bool:

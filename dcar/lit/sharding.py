@@ -47,14 +47,23 @@ def is_sharded(network: nn.Module) -> bool:
     return bool(_units(network))
 
 
-def _whole_on_cpu(value: Any) -> Any:
-    return tree_map_only(DTensor, lambda piece: piece.full_tensor().cpu(), value)
+def _whole_on_cpu(value: Any, *, on_this_rank: bool = True) -> Any:
+    """Every rank takes part; one that does not need the whole gets empty tensors."""
+
+    def whole_piece(piece: DTensor) -> Tensor:
+        tensor = piece.full_tensor()
+        return tensor.cpu() if on_this_rank else torch.empty(0)
+
+    return tree_map_only(DTensor, whole_piece, value)
 
 
-def whole_state(module: nn.Module) -> dict[str, Any]:
-    """`module.state_dict()`, put together on the CPU where the module is sharded."""
+def whole_state(module: nn.Module, *, on_this_rank: bool = True) -> dict[str, Any]:
+    """`module.state_dict()`, put together on the CPU where the module is sharded.
+
+    To save it, only the rank that writes should have it: the ranks of a node share its memory.
+    """
     state = module.state_dict()
-    return _whole_on_cpu(state) if is_sharded(module) else state
+    return _whole_on_cpu(state, on_this_rank=on_this_rank) if is_sharded(module) else state
 
 
 def load_whole(module: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -145,13 +154,14 @@ class ShardedStrategy(NamesLostRanks, ModelParallelStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return whole_state(cast(nn.Module, self.lightning_module))
+        module = cast(nn.Module, self.lightning_module)
+        return whole_state(module, on_this_rank=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         load_whole(cast(nn.Module, self.lightning_module), checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return _whole_on_cpu(optimizer.state_dict())
+        return _whole_on_cpu(optimizer.state_dict(), on_this_rank=self.is_global_zero)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):

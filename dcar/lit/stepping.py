@@ -89,6 +89,7 @@ class SteppingModule(LightningModule):
         self.window: list[StepBatch] = []  # batches since the last step
         self.window_losses: list[list[Tensor]] = []  # of each of them, one an optimizer
         self.stepping: list[Optimizer] = []
+        self.scale_before: float | None = None  # the loss scale that the last step was taken with
         self.buffers_before = KeptBuffers([])
         self.is_repeating = False
 
@@ -109,6 +110,11 @@ class SteppingModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizers = [self.optimizer_partial(parameter_groups(part)) for part in self.optimized()]
         return optimizers, [self.schedule_partial(optimizer) for optimizer in optimizers]
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Validation may come between two batches of a step, whose gradients stay."""
+        if not self.window:
+            super().on_validation_model_zero_grad()
 
     def on_train_epoch_start(self) -> None:
         """Gradients of an epoch that ended between two steps do not go into the next one's."""
@@ -132,7 +138,7 @@ class SteppingModule(LightningModule):
             with self._reduced_over_ranks(is_step):
                 self.manual_backward(part.loss / self.accumulate)
             self.window_losses[-1].append(part.loss.detach())
-            self.log_terms("train", part.terms, show=("loss", "l1", "lpips", "token", "residual"))
+            self.log_terms("train", part.terms, over_ranks=False)
             active.append(part.optimizer)
         if is_step:
             self._step(active)
@@ -151,7 +157,6 @@ class SteppingModule(LightningModule):
         """
         optimizers = self._as_list(self.optimizers())
         self.stepping = [optimizers[index].optimizer for index in active]
-        scale = self.loss_scale()
         optimizers[0].step()
         if self.verdict == "take":
             for optimizer in self.stepping[1:]:
@@ -160,11 +165,12 @@ class SteppingModule(LightningModule):
                 self._as_list(self.lr_schedulers())[index].step()
             self.after_step()
         else:
-            self._recover(scale)
+            self._recover()
         self._start_window()
 
-    def _recover(self, scale: float | None) -> None:
+    def _recover(self) -> None:
         """One loss scale on all ranks, and the weights of before where the guard wants them."""
+        scale = self.scale_before
         if scale is not None:  # a rank whose own gradients were finite has not lowered its scale
             factor = self._scaler().get_backoff_factor() if self.verdict == "overflow" else 1.0
             self._set_scale(scale * factor)
@@ -177,10 +183,10 @@ class SteppingModule(LightningModule):
         own_norms = [self._unscaled_norm(one) for one in self.stepping]
         norms = torch.stack([whole(norm) for norm in own_norms])
         losses = torch.stack([loss for part in self.window_losses for loss in part])
-        check = check_over_ranks(losses, norms)
-        scale = self.loss_scale()
-        self.verdict = self.guard.judge(check, step=self.global_step, scale=scale)
-        self._log_step(norms, scale)
+        check = check_over_ranks(losses, norms, self._scale_on_device())
+        self.scale_before = check.scale
+        self.verdict = self.guard.judge(check, step=self.global_step)
+        self._log_step(norms, check.scale)
         if self.verdict == "take":
             for one, norm in zip(self.stepping, own_norms, strict=True):
                 self._clip(one, norm)
@@ -249,6 +255,11 @@ class SteppingModule(LightningModule):
         """The gradient scaler of fp16, None in any other precision."""
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
+    def _scale_on_device(self) -> Tensor | None:
+        """`scaler.get_scale()` as a tensor: to read it back would be one more wait for the GPU."""
+        scaler = self._scaler()
+        return None if scaler is None or scaler._scale is None else scaler._scale.float()
+
     def loss_scale(self) -> float | None:
         """What fp16 losses are multiplied by before the backward pass, None in other precisions."""
         scaler = self._scaler()
@@ -259,15 +270,23 @@ class SteppingModule(LightningModule):
         scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": 0})
 
     def log_terms(
-        self, split: str, terms: dict[str, Tensor], *, show: tuple[str, ...] = ()
+        self,
+        split: str,
+        terms: dict[str, Tensor],
+        *,
+        show: tuple[str, ...] = (),
+        over_ranks: bool = True,
     ) -> None:
-        """Log `{name: scalar}` as `split/name`; the names in `show` appear in the progress bar."""
+        """Log `{name: scalar}` as `split/name`; the names in `show` appear in the progress bar.
+
+        over_ranks: the mean of all ranks, which waits for them; else the value of the first.
+        """
         for name, value in terms.items():
             self.log(
                 f"{split}/{name}",
                 value.detach(),
                 prog_bar=name in show,
-                sync_dist=split != "train",
+                sync_dist=over_ranks,
                 add_dataloader_idx=False,
             )
 

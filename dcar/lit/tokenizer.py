@@ -20,6 +20,7 @@ from dcar.lit.frozen import Frozen
 from dcar.lit.guard import NonFiniteError
 from dcar.lit.stepping import Losses
 from dcar.models.checkpoints import load_strictly
+from dcar.models.distributed import first_rank_value
 from dcar.models.kmeans import kmeans
 from dcar.models.losses import TokenizerCriterion, hinge_discriminator_loss
 from dcar.models.quantizer import (
@@ -117,7 +118,7 @@ class TokenizerModule(BaseModule):
         latents = self.network.encode(image)
         recon = self.network.decode(self._mix(latents, batch_idx))  # (B, 3, S, S)
         usage = {"batch_usage": codebook_usage(count_codes(latents.ids, self.network.num_codes))}
-        self.log_terms("codebook", usage)
+        self.log_terms("codebook", usage, over_ranks=False)
         has_gan = self.discriminator is not None and self.global_step >= self.discriminator_start
         fake_logits = self._judge(recon) if has_gan else None
         terms = self.criterion.module(recon, image, latents, fake_logits)
@@ -193,9 +194,8 @@ class TokenizerModule(BaseModule):
             raise NonFiniteError(
                 "the latents for k-means are not finite: look at the first batches and init_from"
             )
-        quantizer.initialize(
-            kmeans(vectors, quantizer.num_codes, iterations=20, seed=self.seed, spherical=True)
-        )
+        codes = kmeans(vectors, quantizer.num_codes, iterations=20, seed=self.seed, spherical=True)
+        quantizer.initialize(first_rank_value(codes))  # a GPU's sums have no fixed order
 
 
 class TokenizerStage1(TokenizerModule):

@@ -1,4 +1,4 @@
-"""The one collective that the losses need."""
+"""What is made equal over ranks: normalisers of losses, and codes that each rank has computed."""
 
 import torch
 import torch.distributed as dist
@@ -17,3 +17,10 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.to(torch.float32, copy=True)
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def first_rank_value(value: Tensor) -> Tensor:
+    """`value` of the first rank, in place on the others; `value` itself in one process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(value, src=0)
+    return value

@@ -136,8 +136,11 @@ def peft_config(settings: LoraSettings) -> Any:
 
 
 def merge_adapters(module: nn.Module) -> nn.Module:
-    """A copy of `module` whose weights are base + adapters, in plain linear layers."""
-    module = deepcopy(module).requires_grad_(False)
+    """A copy of `module` on the CPU whose weights are base + adapters, in plain linear layers.
+
+    At the end of a training Lightning has moved the adapters there, and left the frozen base.
+    """
+    module = deepcopy(module).cpu().requires_grad_(False)
     for name, layer in adapted_layers(module).items():
         layer.merge()
         parent, _, child = name.rpartition(".")

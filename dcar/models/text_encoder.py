@@ -21,6 +21,10 @@ HASH_BASE, HASH_PRIME = 257, 2_147_483_647  # products of both stay below 2^63
 LENGTH_STEP = 8  # batches are padded to a multiple of this, so that few shapes occur
 
 
+def _padded_length(longest: int, max_tokens: int) -> int:
+    return min(-(-longest // LENGTH_STEP) * LENGTH_STEP, max_tokens)
+
+
 def byte_ids(captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """UTF-8 bytes as ByT5 ids (B, L), each caption ended by one end token, and the mask (B, L).
 
@@ -29,8 +33,7 @@ def byte_ids(captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """
     encoded = [text.encode("utf-8", errors="replace")[: max_tokens - 1] for text in captions]
     lengths = torch.tensor([len(text) for text in encoded])[:, None]  # (B, 1), without the end
-    longest = int(lengths.max()) + 1
-    columns = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, max_tokens)
+    columns = _padded_length(int(lengths.max()) + 1, max_tokens)
     padded = bytearray(b"".join(text.ljust(columns, b"\0") for text in encoded))
     ids = torch.frombuffer(padded, dtype=torch.uint8).view(len(encoded), columns).long()
     position = torch.arange(columns)
@@ -38,20 +41,36 @@ def byte_ids(captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     return torch.where(position == lengths, END, ids), position <= lengths
 
 
+def word_starts(ids: Tensor) -> Tensor:
+    """Where a word begins in byte ids (B, L): bool, by the rule of SpaceByte (arXiv 2404.14408).
+
+    At a byte that is neither letter, digit nor the continuation of a character, if one of those is
+    before it: spaces and commas open the word that follows them, and a character of more than one
+    byte is a word. The end token is a word too.
+    """
+    byte = ids - FIRST_BYTE
+    lower = byte | 0x20  # a capital's small letter
+    inside = ((lower >= ord("a")) & (lower <= ord("z"))) | ((byte >= 0x80) & (byte < 0xC0))
+    inside = inside | ((byte >= ord("0")) & (byte <= ord("9")))
+    after_inside = F.pad(inside[:, :-1], (1, 0))
+    return (~inside & after_inside) | (ids == END)
+
+
 class NgramEmbedding(nn.Module):
     """Adds to each byte what the n bytes that end there spell (arXiv 2412.09871, section 3.2.1).
 
     Each n-gram is hashed to one of `codes` rows of its length's own table: a word is known at its
-    last byte, where bytes alone would have to be put together by attention first.
+    last byte, where bytes alone would have to be put together by attention first. std: of the sum
+    over all lengths, at first.
     """
 
-    def __init__(self, *, lengths: Sequence[int], codes: int, dim: int):
+    def __init__(self, *, lengths: Sequence[int], codes: int, dim: int, std: float = 1.0):
         super().__init__()
         if any(length < 2 for length in lengths) or codes < 1:
             raise ValueError(f"n-gram lengths {list(lengths)} must be 2 or more, codes {codes} > 0")
         self.lengths, self.codes = tuple(lengths), codes
         self.table = nn.Embedding(codes * len(self.lengths), dim)
-        nn.init.normal_(self.table.weight, std=len(self.lengths) ** -0.5)
+        nn.init.normal_(self.table.weight, std=std * len(self.lengths) ** -0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = [row + self.codes * n for n, row in enumerate(map(self._hash(ids), self.lengths))]
@@ -76,6 +95,9 @@ class ByteT5TextEncoder(nn.Module):
     where L <= max_tokens follows the longest caption of the batch; padding is not attended to, so
     that L changes nothing. With `ngrams`, lengths in bytes, embeddings of the n-grams that end at
     a byte are added to its own, `ngram_codes` rows a length: a short training learns words sooner.
+    With `pool_words` the embeddings of a word are added up before T5 sees them (`word_starts`): a
+    token is a word, and captions are about six times shorter. `embedding_std` is what bytes and
+    n-grams start with; above T5's 1 words stay apart until attention has learned to mix them.
     Raises ValueError if dim is not a multiple of heads, and without captions.
     """
 
@@ -91,13 +113,15 @@ class ByteT5TextEncoder(nn.Module):
         feed_forward: int | None = None,
         ngrams: Sequence[int] = (),
         ngram_codes: int = 4096,
+        pool_words: bool = False,
+        embedding_std: float = 1.0,
     ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
         if max_tokens < 2:
             raise ValueError(f"max_tokens {max_tokens} is below 2: one byte and the end")
-        self.dim, self.max_tokens = dim, max_tokens
+        self.dim, self.max_tokens, self.pool_words = dim, max_tokens, pool_words
         # the stack alone: its parent holds the embedding under two names, which safetensors refuses
         self.model = T5EncoderModel(
             T5Config(
@@ -115,8 +139,19 @@ class ByteT5TextEncoder(nn.Module):
                 use_cache=False,
             )
         ).encoder
-        words = NgramEmbedding(lengths=ngrams, codes=ngram_codes, dim=dim) if ngrams else None
-        self.words = words
+        nn.init.normal_(self.model.embed_tokens.weight, std=embedding_std)
+        self.words: NgramEmbedding | None = None
+        if ngrams:
+            self.words = NgramEmbedding(
+                lengths=ngrams, codes=ngram_codes, dim=dim, std=embedding_std
+            )
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest L: with `pool_words` that of letters with spaces between them."""
+        if not self.pool_words:
+            return self.max_tokens
+        return _padded_length((self.max_tokens - 1) // 2 + 2, self.max_tokens)
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         _check_captions(captions)
@@ -125,8 +160,25 @@ class ByteT5TextEncoder(nn.Module):
             embedded = self.model.embed_tokens(ids)  # (B, L, E)
             if self.words is not None:
                 embedded = embedded + self.words(ids)
+            if self.pool_words:
+                embedded, mask = self._pool_words(embedded, ids, mask)
             hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         return hidden, mask
+
+    def _pool_words(self, embedded: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Bytes (B, L, E) and mask (B, L) to words (B, W, E) and (B, W): sums over root of length.
+
+        A product of matrices, since sums over indices have no fixed order on a GPU.
+        """
+        starts = word_starts(ids)
+        word = starts[:, 1:].cumsum(1)
+        word = F.pad(word, (1, 0))  # (B, L); whatever the first byte is, it is in word 0
+        counts = word.masked_fill(~mask, 0).amax(1) + 1  # (B,)
+        columns = _padded_length(int(counts.max()), self.max_tokens)
+        column = torch.arange(columns, device=ids.device)
+        members = (word[:, None] == column[:, None]) & mask[:, None]  # (B, W, L)
+        weights = members / members.sum(2, keepdim=True).clamp(min=1).sqrt()
+        return weights.to(embedded) @ embedded, column < counts[:, None]
 
 
 class T5TextEncoder(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data._utils import signal_handling
 
@@ -94,8 +94,10 @@ def test_a_cache_with_workers_is_refused(shards):
         loader_of(shards, 2, cache=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [1, 4, 5, 12, 13, 17])
+STOPS = [(1, 0), (4, 0), (5, 0), (12, 0), (13, 0), (17, 0), (5, 2), (13, 2)]
+
+
+@pytest.mark.parametrize(("stop", "workers"), STOPS)
 def test_a_resumed_loader_gives_exactly_the_next_batches(shards, workers, stop):
     expected = take(loader_of(shards, workers), 2 * BATCHES)
     stopped = loader_of(shards, workers)
@@ -109,11 +111,7 @@ def test_a_resumed_loader_gives_exactly_the_next_batches(shards, workers, stop):
 kills = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(stops=kills, workers=st.sampled_from([0, 2]), world=st.sampled_from([1, 2]))
-def test_random_kills_leave_the_series_of_batches_as_it_was(shards, stops, workers, world):
+def killed_at_random(shards: Path, stops: list[int], workers: int, world: int) -> None:
     """Each rank is stopped and taken up again after any number of batches, several times."""
     for rank in range(world):
         options = {"rank": rank, "world": world}
@@ -126,6 +124,19 @@ def test_random_kills_leave_the_series_of_batches_as_it_was(shards, stops, worke
             batches += take(loader, stop)
             state = loader.state_dict()
         assert all(same(*pair) for pair in zip(batches, expected, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(stops=kills, world=st.sampled_from([1, 2]))
+def test_random_kills_leave_the_series_of_batches_as_it_was(shards, stops, world):
+    killed_at_random(shards, stops, 0, world)
+
+
+@pytest.mark.slow  # each stop ends two processes
+@settings(max_examples=12, deadline=None)
+@given(stops=kills, world=st.sampled_from([1, 2]))
+def test_random_kills_of_workers_do_neither(shards, stops, world):
+    killed_at_random(shards, stops, 2, world)
 
 
 @settings(max_examples=25, deadline=None)

@@ -19,6 +19,7 @@ from dcar.evaluation.metrics import (
     to_uint8,
 )
 from dcar.models.perceptual import LPIPS
+from tests.toys import START
 
 
 class ChannelMeans(nn.Module):
@@ -145,7 +146,7 @@ def decoded(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def on_one_of_two_ranks(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     address, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
     distributed.init_process_group(
         "gloo", init_method=address, rank=rank, world_size=2, timeout=limit
@@ -166,7 +167,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     metrics, image = reconstruction(), images(10)
     metrics.update(image, *decoded(image))
     alone = metrics.compute()
-    process = multiprocessing.get_context("spawn").Process
+    process = multiprocessing.get_context(START).Process
     other = process(target=on_one_of_two_ranks, args=(1, port, str(tmp_path)))
     other.start()
     on_one_of_two_ranks(0, port, str(tmp_path))

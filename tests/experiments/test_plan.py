@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcar.evaluation.cost_devices import DEVICES
 from dcar.evaluation.cost_steps import TokenizerStep, meter_step, without_values
 from dcar.evaluation.costs import held_bytes, parameter_counts
-from experiments.config import _compose, experiment_names, load_config
+from experiments.config import ConfigError, _compose, experiment_names, load_config
 from experiments.plan import (
     TRAINING,
     chosen_device,
@@ -27,13 +27,13 @@ from experiments.run import main
 from experiments.train import build
 from tests.toys import ToyData, ToyImages, ToyLoader, toy_trainer
 
-TRAININGS = [name for name in experiment_names() if _compose(name, []).task == TRAINING]
 GAN = [
     "discriminator=patch_small",
     "criterion.adversarial_weight=0.5",
     "module.discriminator_start=0",
     "module.kmeans_vectors=0",
 ]
+SHALLOW = "generator.transformer.depth=1 generator/residual_head=none"
 NO_FID = ["fid_features=null", "module.fid_images=0", "module.cache_tokens=false"]
 
 
@@ -42,8 +42,12 @@ def steps(name: str, *overrides: str) -> Any:
     return training_steps(config, target_config(config))
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-def test_every_training_has_a_step_to_plan(name: str) -> None:
+@pytest.mark.parametrize("name", experiment_names())
+def test_every_training_has_a_step_to_plan_and_no_other_task(name: str) -> None:
+    if _compose(name, []).task != TRAINING:
+        with pytest.raises(ConfigError, match="cannot be planned|give the training to plan"):
+            steps(name)
+        return
     step, early_step, late = steps(name)
     counts = parameter_counts(step)
     part = "decoder" if isinstance(step, TokenizerStep) else "transformer"
@@ -160,13 +164,15 @@ def test_what_cannot_be_planned_exits_with_2_and_is_named(overrides, message, ca
 
 def test_a_plan_is_printed_and_written(tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "plan.json"
-    arguments = ["exp=smoke/stage1", "devices=2", "device=rtx3090", f"out={out}"]
+    arguments = ["exp=smoke/pretrain_256", "precomputed=true", "precomputed_text=true"]
+    arguments += ["devices=2", "device=rtx3090", f"out={out}", f"overrides={SHALLOW}"]
     assert main(["--exp=plan", *arguments]) == 0
     printed = capsys.readouterr().out
-    for words in ("smoke/stage1 at 32 px on 2 x rtx3090", "decoder", "largest batch", "hours"):
+    heading = "smoke/pretrain_256 at 32 px on 2 x rtx3090"
+    for words in (heading, "transformer", "largest batch", "hours"):
         assert words in printed
     plan = json.loads(out.read_text())
-    assert plan["exp"] == "smoke/stage1" and plan["schedule"]["global_batch"] == 8
+    assert plan["exp"] == "smoke/pretrain_256" and plan["schedule"]["global_batch"] == 8
     assert set(plan["ways"]) == {"kept", "recomputed"} and plan["ways"]["kept"]["hours"] > 0
 
 
@@ -213,7 +219,7 @@ class LongCaptions(ToyImages):
     """Pictures with captions that fill the text encoder, as a plan assumes."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return super().__getitem__(index) | {"caption": "x" * 500}
+        return super().__getitem__(index) | {"caption": "a " * 250}
 
 
 class Data(ToyData):

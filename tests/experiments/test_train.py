@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from lightning import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcar.models.checkpoints import CheckpointError, load_model
 from experiments.config import load_config
-from experiments.resume import find_resume
+from experiments.resume import find_resume, finished
 from experiments.run import RunOptions, main
 from experiments.sample import find_model
 from experiments.train import resolve_precision, train
@@ -118,8 +119,8 @@ def test_auto_starts_fresh_and_a_named_checkpoint_must_exist(tmp_path: Path) -> 
 
 
 def test_a_named_precision_is_kept() -> None:
-    assert resolve_precision("16-mixed") == "16-mixed"
-    assert resolve_precision("auto") in ("16-mixed", "bf16-mixed", "32-true")
+    assert resolve_precision("16-mixed", "auto") == "16-mixed"
+    assert resolve_precision("auto", "auto") in ("16-mixed", "bf16-mixed", "32-true")
 
 
 def test_a_missing_stage_names_the_checkpoint_it_looked_for(tmp_path: Path) -> None:
@@ -172,3 +173,25 @@ def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_no_process_left
     )
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] >= 3
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+class FailAtTheEnd(Callback):
+    """Breaks after the last step, before what comes after it."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise OSError("no room for the export")
+
+
+def test_a_longer_run_that_did_not_come_to_its_end_is_not_taken_for_finished(
+    tmp_path: Path,
+) -> None:
+    command = ["--exp=smoke/stage1", f"outputs={tmp_path}", "data.num_workers=0", "val_every=9"]
+    folder = tmp_path / "smoke/stage1"
+    assert main([*command, "max_steps=1"]) == 0
+    short = load_config("smoke/stage1", [*command[1:], "max_steps=1"])
+    assert finished(folder / "checkpoints/last.ckpt", short)
+    fault = f"+callbacks.fault._target_={__name__}.FailAtTheEnd"
+    with pytest.raises(OSError, match="no room"):
+        main([*command, "max_steps=2", "--ckpt=auto", fault])
+    config = load_config("smoke/stage1", [*command[1:], "max_steps=2"])
+    assert not finished(folder / "checkpoints/last.ckpt", config)

@@ -54,10 +54,12 @@ def test_tokenizer_run_shows_grid_histogram_config_and_grouped_scalars(tmp_path:
     assert all(0 <= event.value <= 1 for event in shown.Scalars("data/wait_share"))
 
 
-def test_generator_run_draws_the_fixed_prompts_at_every_validation(tmp_path: Path) -> None:
+def test_generator_run_draws_the_fixed_prompts_beside_the_scalars(tmp_path: Path) -> None:
     callbacks = [SampleGrid(prompts=["a", "b", "c"], columns=2)]
     shown = board(toy_masked_generator(), callbacks, tmp_path)
-    assert [event.step for event in shown.Images("val/samples")] == [2, 4]
+    steps = [event.step for event in shown.Scalars("val/token")]
+    assert len(steps) == 2
+    assert [event.step for event in shown.Images("val/samples")] == steps
 
 
 def test_a_grid_without_prompts_is_refused() -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ GOOD, BAD_LOSS, BAD_GRADIENT = (
 
 
 def judged(guard: NonFiniteGuard, *checks: StepCheck, scale: float | None = None) -> list[str]:
-    return [guard.judge(check, step=step, scale=scale) for step, check in enumerate(checks)]
+    scaled = [replace(check, scale=scale) for check in checks]
+    return [guard.judge(check, step=step) for step, check in enumerate(scaled)]
 
 
 def test_a_policy_that_does_not_exist_is_refused_with_those_that_do() -> None:

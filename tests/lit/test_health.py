@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dcar.lit.callbacks import Throughput
 from dcar.lit.health import HealthWatch
+from dcar.lit.health_rules import Rule
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.schedules import warmup_cosine
 from dcar.models.losses import TokenizerCriterion
@@ -263,7 +264,7 @@ def test_a_codebook_falls_from_what_it_was_before_a_resumption(tmp_path: Path) -
 
 
 def test_every_setting_that_is_named_exists() -> None:
-    source = ast.parse(Path(inspect.getfile(HealthWatch)).read_text())
+    source = ast.parse(Path(inspect.getfile(Rule)).read_text())
     texts = [n.value for n in ast.walk(source) if isinstance(n, ast.Constant)]
     words = " ".join(text for text in texts if isinstance(text, str))
     groups = "module|criterion|discriminator|trainer|generator|sampler|data|shard_cache"

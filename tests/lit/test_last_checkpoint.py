@@ -223,3 +223,13 @@ def test_data_that_fail_before_the_first_step_leave_the_checkpoints_of_an_earlie
     with pytest.raises(DataError):
         toy_trainer(9, callbacks=[last]).fit(toy_stage(1), datamodule=NoData(has_loader))
     assert step_of(tmp_path) == 1 and list(step_files(tmp_path)) == [1]
+
+
+def test_a_signal_in_a_validation_between_two_batches_waits_for_the_step(tmp_path: Path) -> None:
+    callbacks = [LastCheckpoint(folder=tmp_path, every_steps=100), SignalInValidation()]
+    validating = {"val_check_interval": 3, "limit_val_batches": 1}
+    with pytest.raises(Interrupted):
+        toy_trainer(9, callbacks=callbacks, **validating).fit(
+            toy_stage(1, accumulate=2), datamodule=ToyData()
+        )
+    assert step_of(tmp_path) == 2

@@ -108,3 +108,10 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path: Path) -> None:
 
     with pytest.raises(NonFiniteError, match="cannot be rolled back: .*last.ckpt is damaged"):
         fit(tmp_path, Damage("input", [3]), every_steps=2)
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_back_to(tmp_path: Path) -> None:
+    """A fresh start in a folder that was used before."""
+    fit(tmp_path, Poison("input", []), every_steps=5)
+    with pytest.raises(NonFiniteError, match="last.ckpt is of another run"):
+        fit(tmp_path, Poison("input", [1]), every_steps=100)

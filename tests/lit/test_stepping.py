@@ -158,3 +158,15 @@ def test_a_step_of_two_batches_moves_what_it_should_in_every_precision(
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     parts = {".".join(name.split(".")[: 1 + name.startswith("network")]) for name in moved}
     assert parts == MOVES[kind]
+
+
+def test_a_validation_between_two_batches_of_a_step_takes_nothing_from_it() -> None:
+    """After the third batch, which is half of the second step."""
+    left_alone, interrupted = (toy_stage(1, norm="ln2d", accumulate=2) for _ in range(2))
+    toy_trainer(3).fit(left_alone, datamodule=ToyData(4))
+    validating = {"val_check_interval": 3, "limit_val_batches": 1}
+    trainer = toy_trainer(3, **validating)
+    trainer.fit(interrupted, datamodule=ToyData(4))
+    assert interrupted.validated_step > 0
+    for name, tensor in left_alone.state_dict().items():
+        assert torch.equal(tensor, interrupted.state_dict()[name]), name

@@ -4,10 +4,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dcar.models.distributed import mean_over_ranks
-
-# forking is quick, but autograd refuses to run in a fork once it has started threads for a GPU
-START = "spawn" if torch.cuda.is_available() else "fork"
+from dcar.models.distributed import first_rank_value, mean_over_ranks
+from tests.toys import START
 
 
 def mean_on_rank(rank: int, folder: Path) -> None:
@@ -36,3 +34,24 @@ def test_one_process_keeps_the_value_without_its_gradient() -> None:
     mean = mean_over_ranks(value)
     assert torch.equal(mean, value)
     assert not mean.requires_grad
+
+
+def first_on_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(first_rank_value(torch.tensor([1.0, 10.0]) * (rank + 1)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_take_what_the_first_one_has(tmp_path: Path) -> None:
+    context = multiprocessing.get_context(START)
+    ranks = [context.Process(target=first_on_rank, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [torch.load(tmp_path / f"{rank}.pt").tolist() for rank in range(2)] == [[1.0, 10.0]] * 2
+
+
+def test_one_process_is_the_first() -> None:
+    assert first_rank_value(torch.tensor([3.0])).tolist() == [3.0]

@@ -12,9 +12,8 @@ from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
 from dcar.models.residual_head import ResidualHead
 from dcar.models.transformer import MaskedTransformer
+from tests.toys import START
 
-# forking is quick, but autograd refuses to run in a fork once it has started threads for a GPU
-START = "spawn" if torch.cuda.is_available() else "fork"
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

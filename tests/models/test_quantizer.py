@@ -17,6 +17,7 @@ from dcar.models.quantizer import (
     codebook_usage,
     count_codes,
 )
+from tests.toys import START
 
 
 def make_quantizer(**changes: Any) -> VectorQuantizer:
@@ -271,7 +272,7 @@ def train_on_rank(rank: int, world: int, folder: Path, steps: int = 10) -> None:
 
 
 def train_in_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
@@ -281,7 +282,7 @@ def train_in_process(rank: int, folder: Path) -> None:
 
 def test_two_ranks_keep_the_codebook_of_one_process(tmp_path: Path) -> None:
     train_on_rank(0, 1, tmp_path)
-    mp.spawn(train_in_process, args=(tmp_path,), nprocs=2)
+    mp.start_processes(train_in_process, args=(tmp_path,), nprocs=2, start_method=START)
     single, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name

@@ -12,6 +12,7 @@ from dcar.models.text_encoder import (
     NgramEmbedding,
     T5TextEncoder,
     byte_ids,
+    word_starts,
 )
 
 REFERENCE = ByT5Tokenizer()
@@ -181,3 +182,93 @@ def test_padding_changes_nothing_with_ngrams_either() -> None:
 def test_impossible_ngrams_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="n-gram"):
         NgramEmbedding(**{"lengths": [3], "codes": 4, "dim": 2} | bad)
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("", [""]),
+        ("a red heart, 3d style", ["a", " red", " heart", ", 3d", " style"]),
+        ("  two\tspaces ", ["  two", "\tspaces", " "]),
+        ("AZaz09", ["AZaz09"]),
+        ("[@`{/:", ["[@`{/:"]),
+        ("naïve 心臓", ["na", "ïve", " 心", "臓"]),
+    ],
+)
+def test_words_begin_after_letters_digits_and_characters(caption: str, words: list[str]) -> None:
+    ids, mask = byte_ids([caption], 64)
+    starts = word_starts(ids)[0, : int(mask.sum())].tolist()
+    starts[0] = True
+    where = [place for place, is_start in enumerate(starts) if is_start]
+    data = caption.encode()
+    pieces = [data[one:two].decode() for one, two in zip(where, where[1:], strict=False)]
+    assert (pieces or [""]) == words
+    assert where[-1] == len(data)  # the end token
+
+
+def word_encoder() -> ByteT5TextEncoder:
+    return ByteT5TextEncoder(
+        dim=16, layers=2, heads=2, max_tokens=64, ngrams=[3], ngram_codes=64, pool_words=True
+    )
+
+
+def test_with_pooled_words_a_token_is_a_word() -> None:
+    hidden, mask = word_encoder()(["a red heart, 3d style", "a", ""])
+    assert hidden.shape == (3, 8, 16)
+    assert mask.sum(1).tolist() == [6, 2, 1]  # words and the end
+    assert mask[:, 0].all() and hidden.isfinite().all()
+
+
+def test_a_word_is_the_sum_of_its_bytes_over_the_root_of_its_length() -> None:
+    encoder = word_encoder()
+    seen: list[torch.Tensor] = []
+    encoder.model.register_forward_pre_hook(
+        lambda _module, _args, named: seen.append(named["inputs_embeds"]), with_kwargs=True
+    )
+    encoder(["a cat", "an orange ca"])
+    ids, _ = byte_ids(["a cat", "an orange ca"], 64)
+    embedded = encoder.model.embed_tokens(ids) + encoder.words(ids)
+    assert seen[0].shape == (2, 8, 16)
+    torch.testing.assert_close(seen[0][0, 1], embedded[0, 1:5].sum(0) / 4**0.5)
+    torch.testing.assert_close(seen[0][1, 1], embedded[1, 2:9].sum(0) / 7**0.5)
+    assert not seen[0][0, 3:].any()  # nothing but "a", " cat" and the end
+
+
+def test_longer_neighbours_do_not_change_pooled_words() -> None:
+    encoder = word_encoder()
+    alone, mask = encoder(["a cat"])
+    together, both = encoder(["a cat", "a much longer caption than the other one it is with"])
+    assert mask.sum() == both[0].sum() == 3
+    assert together.shape[1] > alone.shape[1]
+    torch.testing.assert_close(alone[0, :3], together[0, :3], rtol=1e-4, atol=1e-5)
+
+
+def test_pooled_words_are_never_more_than_max_tokens() -> None:
+    encoder = ByteT5TextEncoder(dim=8, layers=1, heads=2, max_tokens=21, pool_words=True)
+    hidden, mask = encoder(["心" * 50 + " a" * 50, "é" * 400])
+    assert hidden.shape[1] <= 21 and mask.sum(1).tolist() == [8, 11]
+
+
+def test_pooled_words_train_every_weight() -> None:
+    encoder = word_encoder()
+    encoder(["a cat, flat style"])[0].square().sum().backward()
+    assert all(weight.grad is not None for weight in encoder.parameters())
+
+
+@pytest.mark.parametrize("pool_words", [False, True])
+@pytest.mark.parametrize("max_tokens", [2, 3, 21, 64, 96])
+def test_no_caption_has_more_tokens_than_most_tokens(pool_words: bool, max_tokens: int) -> None:
+    encoder = ByteT5TextEncoder(
+        dim=8, layers=1, heads=2, max_tokens=max_tokens, pool_words=pool_words
+    )
+    assert encoder(["a " * 100])[0].shape[1] == encoder.most_tokens <= max_tokens
+
+
+def test_embeddings_start_with_the_spread_that_is_asked_for() -> None:
+    encoder = ByteT5TextEncoder(
+        dim=64, layers=1, heads=2, max_tokens=64, ngrams=[3, 4], embedding_std=3.0
+    )
+    ids, _ = byte_ids(["the quick brown fox jumps over the lazy dog"], 64)
+    assert encoder.words is not None
+    for embedded in (encoder.model.embed_tokens.weight, encoder.words(ids)):
+        assert float(embedded.std()) == pytest.approx(3.0, rel=0.1)
