@@ -39,6 +39,7 @@ NO_SOURCE = {
     "test_finetuning_docs.py": "follows docs/finetuning.md",
     "test_imports.py": "this file",
     "test_readme.py": "runs README.md",
+    "test_training_docs.py": "follows docs/training.md",
     "data/test_loader_in_lightning.py": "the loader in a Trainer",
     "lit/test_last_checkpoint_outside.py": "full disks, SLURM, another rank",
     "experiments/test_nodes.py": "two nodes joined by a cable, one of them lost",
@@ -50,7 +51,10 @@ NO_SOURCE = {
     "lit/test_ddp.py": "two processes against one, for every training module",
 }
 # Sources that need no test of their own name, and why.
-NO_TEST = {"dcar/data/sources/source.py": "types alone; each source's test goes through them"}
+NO_TEST = {
+    "dcar/data/sources/source.py": "types alone; each source's test goes through them",
+    "dcar/lit/health_rules.py": "tests/lit/test_health.py has a training that is ill for each",
+}
 
 
 def relative(path: Path) -> str:

@@ -139,7 +139,8 @@ class ByteT5TextEncoder(nn.Module):
                 use_cache=False,
             )
         ).encoder
-        nn.init.normal_(self.model.embed_tokens.weight, std=embedding_std)
+        with torch.no_grad():
+            self.model.embed_tokens.weight.mul_(embedding_std)  # T5 starts at 1
         self.words: NgramEmbedding | None = None
         if ngrams:
             self.words = NgramEmbedding(

@@ -114,8 +114,8 @@ def test_adapters_learn_a_style_and_its_held_out_pictures_gain(tmp_path: Path) -
     for split, limit in (("train", 300), ("val", 60)):
         on_black(extract(split, tmp_path / "pictures" / split, limit=limit))
     data = shards_of(tmp_path / "pictures", tmp_path / "shards", "processes=1")
-    more = ["data=shards", f"data_root={data}", "data.num_workers=0", "max_steps=80"]
-    more += ["val_every=80", "learning_rate=5e-3", "batch_size=8", f"outputs={tmp_path}"]
+    more = ["data=shards", f"data_root={data}", "data.num_workers=0", "max_steps=120"]
+    more += ["val_every=120", "learning_rate=5e-3", "batch_size=8", f"outputs={tmp_path}"]
     assert main(["--exp=smoke/lora", "init_from=smoke/pretrain_256", *more]) == 0
     before = validation_losses(find_base("smoke/pretrain_256", str(tmp_path)), data)
     after = validation_losses(load_model(tmp_path / "smoke/lora/model"), data)

@@ -271,7 +271,7 @@ def peak_of(events: list[dict[str, Any]]) -> int:
         ("quickstart/generator_64", NO_FID),
         (
             "quickstart/generator_64",
-            [*NO_FID, "+generator.transformer.checkpoint_activations=true"],
+            [*NO_FID, "checkpoint_activations=true"],
         ),
     ],
 )

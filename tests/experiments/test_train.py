@@ -186,6 +186,7 @@ def test_a_longer_run_that_did_not_come_to_its_end_is_not_taken_for_finished(
     tmp_path: Path,
 ) -> None:
     command = ["--exp=smoke/stage1", f"outputs={tmp_path}", "data.num_workers=0", "val_every=9"]
+    command += ["warmup_steps=0"]
     folder = tmp_path / "smoke/stage1"
     assert main([*command, "max_steps=1"]) == 0
     short = load_config("smoke/stage1", [*command[1:], "max_steps=1"])
