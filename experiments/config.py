@@ -112,7 +112,7 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
     return deepcopy(_composed(CONFIGS, name, tuple(overrides)))
 
 
-@lru_cache(maxsize=64)  # each takes a third of a second, and a process asks for some again
+@lru_cache(maxsize=256)  # each takes a third of a second, and a process asks for some again
 def _composed(folder: Path, name: str, overrides: tuple[str, ...]) -> DictConfig:
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):

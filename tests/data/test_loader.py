@@ -133,7 +133,7 @@ def test_random_kills_leave_the_series_of_batches_as_it_was(shards, stops, world
 
 
 @pytest.mark.slow  # each stop ends two processes
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(stops=kills, world=st.sampled_from([1, 2]))
 def test_random_kills_of_workers_do_neither(shards, stops, world):
     killed_at_random(shards, stops, 2, world)

@@ -13,7 +13,8 @@ from tests.toys import ROOT
 SMALL_BATCH = ["--dry-run", "batch_size=1", "trainer.precision=auto", "data=emoji"]
 BYTES_AS_T5 = ["text_encoder=byte_t5", "text_encoder.dim=768", "text_encoder.max_tokens=300"]
 ALONE = ["accumulate=1", "module.fid_images=0"]
-GAN = ["criterion=reconstruction_alex", "criterion.codebook_weight=1.0"]
+# pictures of a quarter of the area: the networks are what has its full size
+GAN = ["size=128", "criterion=reconstruction_alex", "criterion.codebook_weight=1.0"]
 GAN += ["criterion.adversarial_weight=0.5", "module.discriminator_start=0"]
 # AdamW's moments and the average, 8 GB of the generator, are in stage 2's step
 NOTHING_KEPT = ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~callbacks.average"]

@@ -9,7 +9,7 @@ import pytest
 from dcar.models.checkpoints import read_checkpoint
 from tests.experiments.nodes import Node, two_nodes, wait_until, why_there_are_no_nodes
 
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture

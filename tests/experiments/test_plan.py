@@ -33,7 +33,8 @@ GAN = [
     "module.discriminator_start=0",
     "module.kmeans_vectors=0",
 ]
-SHALLOW = "generator.transformer.depth=1 generator/residual_head=none"
+SHALLOW = ["exp=smoke/pretrain_256", "precomputed=true", "precomputed_text=true"]
+SHALLOW += ["overrides=generator.transformer.depth=1 generator/residual_head=none"]
 NO_FID = ["fid_features=null", "module.fid_images=0", "module.cache_tokens=false"]
 
 
@@ -164,9 +165,7 @@ def test_what_cannot_be_planned_exits_with_2_and_is_named(overrides, message, ca
 
 def test_a_plan_is_printed_and_written(tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "plan.json"
-    arguments = ["exp=smoke/pretrain_256", "precomputed=true", "precomputed_text=true"]
-    arguments += ["devices=2", "device=rtx3090", f"out={out}", f"overrides={SHALLOW}"]
-    assert main(["--exp=plan", *arguments]) == 0
+    assert main(["--exp=plan", *SHALLOW, "devices=2", "device=rtx3090", f"out={out}"]) == 0
     printed = capsys.readouterr().out
     heading = "smoke/pretrain_256 at 32 px on 2 x rtx3090"
     for words in (heading, "transformer", "largest batch", "hours"):
@@ -179,7 +178,7 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys) -> None:
 @pytest.mark.slow
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    assert main(["--exp=plan", "--dry-run", "exp=smoke/stage1", f"out={out}"]) == 0
+    assert main(["--exp=plan", "--dry-run", *SHALLOW, f"out={out}"]) == 0
     assert not out.exists()
 
 

@@ -186,8 +186,8 @@ def test_two_ranks_write_what_one_does(
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(
     toys: Path, number: int, code: int, times: int, tmp_path: Path
 ) -> None:
-    """Stopped each time one more of 20 shards has appeared."""
-    pictures = write_pictures(tmp_path / "pictures", (40,) * 20)
+    """Stopped each time one more of 12 shards has appeared."""
+    pictures = write_pictures(tmp_path / "pictures", (40,) * 12)
     source, out = f"in={pictures}/train-*.tar", tmp_path / "out"
     for _ in range(times):
         before = set(out.glob("*.tar"))

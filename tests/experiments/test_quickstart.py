@@ -13,8 +13,6 @@ from experiments.config import load_config
 from experiments.quickstart import RUNS
 from tests.toys import ROOT
 
-FEW = [f"steps.{run}=4" for run in RUNS]
-
 
 def test_each_run_starts_from_the_one_before() -> None:
     configs = {run: load_config(f"quickstart/{run}") for run in RUNS}
@@ -30,30 +28,36 @@ def test_it_has_a_number_of_steps_for_each_run() -> None:
     assert set(load_config("quickstart").steps) == set(RUNS)
 
 
+def start(folder: Path, *steps: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiments.run", "--exp=quickstart", f"outputs={folder}"]
+    return subprocess.Popen(
+        [*command, *steps], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def interrupt_in(run: str, process: subprocess.Popen, folder: Path, *, after: float) -> None:
+    """Ctrl-C so many seconds after `run` has begun, which ends the process with 130."""
+    deadline = time.monotonic() + 240
+    while not (folder / f"quickstart/{run}/config.yaml").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
+        time.sleep(0.5)
+    time.sleep(after)
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 130, error[-2000:]
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    """Interrupted in stage 2; the second call leaves stage 1 alone and finishes."""
-    last = tmp_path / "quickstart/stage2/checkpoints/last.ckpt"
-    command = [sys.executable, "-m", "experiments.run", "--exp=quickstart", f"outputs={tmp_path}"]
-    first = subprocess.Popen(
-        [*command, "steps.stage1=4", "steps.stage2=4000"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    """Interrupted in stage 2; the second call leaves stage 1 alone and goes on to stage 3."""
+    stage1, stage2 = (
+        tmp_path / f"quickstart/{run}/checkpoints/last.ckpt" for run in ("stage1", "stage2")
     )
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "quickstart/stage2/config.yaml").exists():
-        assert first.poll() is None and time.monotonic() < deadline, first.stderr.read()[-2000:]
-        time.sleep(0.5)
-    time.sleep(15)
-    os.kill(first.pid, signal.SIGINT)
-    _, error = first.communicate(timeout=240)
-    assert first.returncode == 130, error[-2000:]
-    assert last.exists()
-    stage1 = (tmp_path / "quickstart/stage1/checkpoints/last.ckpt").stat().st_mtime_ns
-    second = subprocess.run([*command, *FEW], cwd=ROOT, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr[-3000:]
-    assert (tmp_path / "quickstart/report.html").is_file()
-    now = (tmp_path / "quickstart/stage1/checkpoints/last.ckpt").stat().st_mtime_ns
-    assert now == stage1
+    first = start(tmp_path, "steps.stage1=4", "steps.stage2=4000")
+    interrupt_in("stage2", first, tmp_path, after=15)
+    assert stage2.exists()
+    before = stage1.stat().st_mtime_ns
+    second = start(tmp_path, *(f"steps.{run}=4" for run in RUNS))
+    interrupt_in("stage3", second, tmp_path, after=5)
+    assert stage1.stat().st_mtime_ns == before
+    assert (tmp_path / "quickstart/stage2/metrics.json").is_file()
