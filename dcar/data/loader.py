@@ -44,8 +44,8 @@ def death_of_worker(error: RuntimeError) -> DataError | None:
 
 def name_the_dead(workers: Sequence[BaseProcess]) -> str:
     """The sentence that tells which of the workers is gone, waiting a moment for its exit."""
-    wait([worker.sentinel for worker in workers], timeout=5)
-    dead = [worker.pid for worker in workers if not worker.is_alive()]
+    ended = wait([worker.sentinel for worker in workers], timeout=5)  # before it can be reaped
+    dead = [w.pid for w in workers if w.sentinel in ended or not w.is_alive()]
     pids = ", ".join(map(str, dead or [worker.pid for worker in workers]))
     return f"a process that reads data has died: DataLoader worker (pid(s) {pids})"
 
