@@ -20,7 +20,7 @@ def _read_last(callbacks: list[Any]) -> tuple[dict[str, Any], Path | None, str]:
         try:
             checkpoint, path, trouble = read_checkpoint(last.path), last.path, ""
             if checkpoint["global_step"] != last.saved_step:
-                trouble = f"{last.path} is of another run, and this one has saved nothing yet"
+                trouble = f"{last.path} is of another run or a later step"
         except CheckpointError as error:
             trouble = str(error)
     troubles = [theirs for theirs in gather_over_ranks(trouble) if theirs]

@@ -96,7 +96,7 @@ class ByteT5TextEncoder(nn.Module):
     that L changes nothing. With `ngrams`, lengths in bytes, embeddings of the n-grams that end at
     a byte are added to its own, `ngram_codes` rows a length: a short training learns words sooner.
     With `pool_words` the embeddings of a word are added up before T5 sees them (`word_starts`): a
-    token is a word, and captions are about six times shorter. `embedding_std` is what bytes and
+    token is a word, and captions are several times shorter. `embedding_std` is what bytes and
     n-grams start with; above T5's 1 words stay apart until attention has learned to mix them.
     Raises ValueError if dim is not a multiple of heads, and without captions.
     """

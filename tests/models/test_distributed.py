@@ -1,4 +1,5 @@
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,21 +9,30 @@ from dcar.models.distributed import first_rank_value, mean_over_ranks
 from tests.toys import START
 
 
-def mean_on_rank(rank: int, folder: Path) -> None:
+def run_on_two_ranks(task: Callable[[int, Path], None], folder: Path) -> None:
+    context = multiprocessing.get_context(START)
+    ranks = [context.Process(target=task, args=(rank, folder)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def join(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+
+
+def mean_on_rank(rank: int, folder: Path) -> None:
+    join(rank, folder)
     value = torch.tensor([1.0, 10.0]) * (rank + 1)
     torch.save((mean_over_ranks(value), value), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_ranks_agree_on_the_mean_and_keep_their_own_value(tmp_path: Path) -> None:
-    context = multiprocessing.get_context(START)
-    ranks = [context.Process(target=mean_on_rank, args=(rank, tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
+    run_on_two_ranks(mean_on_rank, tmp_path)
     for rank in range(2):
         mean, value = torch.load(tmp_path / f"{rank}.pt")
         assert mean.tolist() == [1.5, 15.0]
@@ -37,19 +47,13 @@ def test_one_process_keeps_the_value_without_its_gradient() -> None:
 
 
 def first_on_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    join(rank, folder)
     torch.save(first_rank_value(torch.tensor([1.0, 10.0]) * (rank + 1)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_ranks_take_what_the_first_one_has(tmp_path: Path) -> None:
-    context = multiprocessing.get_context(START)
-    ranks = [context.Process(target=first_on_rank, args=(rank, tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
+    run_on_two_ranks(first_on_rank, tmp_path)
     assert [torch.load(tmp_path / f"{rank}.pt").tolist() for rank in range(2)] == [[1.0, 10.0]] * 2
 
 
