@@ -22,8 +22,8 @@ import simplejpeg
 import torch
 from PIL import Image, __version__
 
-from dcar.data.images import Decoded, decode, read_image
-from dcar.data.transforms import covering, resize
+from dcar.data.images import Decoded, covering, decode, read_image
+from dcar.data.transforms import resize
 
 Decoder = Callable[[bytes], Any]
 EDGES = (375, 512, 1024, 2048)  # shorter edges of the files that are timed

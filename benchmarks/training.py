@@ -28,9 +28,10 @@ from omegaconf import DictConfig
 
 from benchmarks.training_blocks import MEMORY, PLAIN, PRODUCT, SHARDS, Cost, Turns, measure
 from dcar.lit.base import BaseModule
+from experiments.components import build
 from experiments.config import load_config
 from experiments.run import RunOptions, quieten
-from experiments.train import build, build_trainer
+from experiments.train import build_trainer
 
 EXPERIMENTS = ("tokenizer/stage2", "generator/pretrain_256", "generator/finetune_512")
 SMALL = {

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,6 +33,8 @@ def find_checkpoint(reference: str | None, outputs: str) -> str | None:
 
 def quick_dtype() -> str:
     """bfloat16 on a GPU and on a CPU that has instructions for it, else float32."""
+    import torch  # only where it is asked for: `--list` and the tools for data start without
+
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if on_cpu or torch.cuda.is_available() else "float32"
 

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.data.build import Report
@@ -20,14 +19,14 @@ from dcar.data.build import build as build_shards
 from dcar.data.build_unit import BuildTask, UnitReader, make_sample, unit_name
 from dcar.data.distributors import Distributor, Processes, RayCluster
 from dcar.data.filters import Filters
-from dcar.data.members import DataError
 from dcar.data.sources.folder import Folder
 from dcar.data.sources.source import Record, Source, Unit
 from dcar.data.storage import is_remote
+from dcar.errors import DataError
 from experiments.build_progress import ProgressLine, reasons_text, size_text, tally_text
+from experiments.components import build as instantiate
 from experiments.config import ConfigError, nearest
 from experiments.run import RunOptions
-from experiments.train import build as instantiate
 
 DISTRIBUTORS = ("processes", "ray")
 NUMBERS: dict[str, type | tuple[type, ...]] = {
@@ -132,11 +131,11 @@ def describe(source: DictConfig) -> dict[str, Any]:
 
 def print_report(task: BuildTask, report: Report) -> None:
     done = "was finished already, with these settings" if report.found else "is finished"
-    rank_zero_info(f"{task.out} {done}")
+    print(f"{task.out} {done}")
     for split, tally in report.splits.items():
-        rank_zero_info(tally_text(split, tally))
+        print(tally_text(split, tally))
     if set(report.splits) == {"train"} and isinstance(task.source, Folder):
-        rank_zero_info("no val: source.val_share=0.1 would make a tenth of the captions one")
+        print("no val: source.val_share=0.1 would make a tenth of the captions one")
 
 
 @dataclass
@@ -196,13 +195,13 @@ def estimate(task: BuildTask) -> None:
         task.source.prepare(work)
         units = task.source.units(task.samples_per_shard)
         for split in dict.fromkeys(unit.split for unit in units):
-            rank_zero_info(units_text(task.prefix, [u for u in units if u.split == split]))
+            print(units_text(task.prefix, [u for u in units if u.split == split]))
         looks = (look(task, unit) for unit in units)
         looked = next((each for each in looks if each.records), None)
     if looked is None:
         raise DataError(f"the source holds nothing to build from: {len(units)} units, no picture")
     each, seconds = looked.bytes / looked.records, looked.seconds / looked.records
-    rank_zero_info(
+    print(
         f"of the first {looked.records} pictures {looked.kept} are kept (left out: "
         f"{reasons_text(looked.dropped)}); each one read takes {seconds * 1e3:.1f} ms and "
         f"{size_text(each)} of the shards"
@@ -210,5 +209,5 @@ def estimate(task: BuildTask) -> None:
     known = sum(unit.samples or 0 for unit in units)
     if known:
         hours = timedelta(seconds=round(known * seconds))
-        rank_zero_info(f"all {known:,}: about {size_text(known * each)}, {hours} in one process")
-    rank_zero_info("nothing was written")
+        print(f"all {known:,}: about {size_text(known * each)}, {hours} in one process")
+    print("nothing was written")

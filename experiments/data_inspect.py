@@ -18,13 +18,14 @@ from dcar.data import verify as data_verify
 from dcar.data.build_unit import WORK
 from dcar.data.distributors import Tick
 from dcar.data.images import read_image
-from dcar.data.members import BadSample, DataError
+from dcar.data.members import BadSample
 from dcar.data.samples import image_bytes, read_caption
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import read_manifest
 from dcar.data.storage import exists, join, name_of, write_atomically
+from dcar.errors import DataError
 from dcar.evaluation.data_charts import Cell, contact_sheet, stats_png
-from dcar.evaluation.pictures import save_png
+from dcar.evaluation.sheets import save_png
 from experiments.config import ConfigError
 from experiments.run import RunOptions
 

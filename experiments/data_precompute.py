@@ -5,9 +5,10 @@ from omegaconf import DictConfig
 from dcar.data.transforms import ImageTransform
 from dcar.lit.precompute import ImageDecoder, TokenPredictor, describe_tokens
 from dcar.models.checkpoints import load_tokenizer
+from experiments.components import build
 from experiments.predict import predict_shards
 from experiments.run import RunOptions
-from experiments.train import build, resolve_precision
+from experiments.train import resolve_precision
 
 
 def precompute(config: DictConfig, options: RunOptions) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from dcar.errors import CheckpointError
 from dcar.lit.fine_tuning import adapter_of
 from dcar.lit.lineage import model_lineage
 from dcar.models.checkpoints import (
     TOKENIZER_MODULES,
-    CheckpointError,
     Model,
     load_tokenizer,
     read_checkpoint,

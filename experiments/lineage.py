@@ -7,8 +7,8 @@ from typing import Any, cast
 from lightning import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 
+from dcar.errors import CheckpointError
 from dcar.lit.lineage import Link, Record, chain, run_lineage
-from dcar.models.checkpoints import CheckpointError
 from experiments.run import RunOptions
 
 SHORT = 12  # digits of a digest

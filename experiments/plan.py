@@ -29,9 +29,9 @@ from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.tokenizer import TokenizerModule
 from dcar.models.losses import TokenizerCriterion
 from dcar.models.text_encoder import DTYPES
+from experiments.components import build
 from experiments.config import ConfigError, _compose, experiment_names, load_config, nearest
 from experiments.run import RunOptions
-from experiments.train import build
 
 TRAINING = "experiments.train.train"
 # Keys of the plan that are the experiment's own, by their name there.

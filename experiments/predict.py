@@ -12,9 +12,10 @@ from dcar.data.loader import death_of_worker
 from dcar.data.storage import is_remote, join, local_path, parent
 from dcar.lit.shard_reader import Decode, ShardReading, Source, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
+from experiments.components import build
 from experiments.run import RunOptions
 from experiments.strategy import device_count
-from experiments.train import build, resolve_precision
+from experiments.train import resolve_precision
 
 PATIENCE = timedelta(days=30)  # of a rank that is done while another works on its last shards
 

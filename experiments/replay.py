@@ -12,13 +12,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from dcar.errors import CheckpointError
 from dcar.lit.base import BaseModule
 from dcar.lit.flight_record import largest, output_maxima
 from dcar.lit.random_states import restore_random_states
-from dcar.models.checkpoints import COMPONENTS, CheckpointError, load_strictly, read_checkpoint
+from dcar.models.checkpoints import COMPONENTS, load_strictly, read_checkpoint
+from experiments.components import build
 from experiments.config import ConfigError
 from experiments.run import RunOptions
-from experiments.train import build
 
 TARGETS = (
     *COMPONENTS,

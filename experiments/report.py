@@ -17,6 +17,7 @@ from dcar.evaluation.charts import LIGHT, curves_png
 from dcar.evaluation.report_page import page
 from dcar.evaluation.run_record import RunRecord, read_run
 from dcar.pipeline import DCARPipeline
+from experiments.components import build
 from experiments.report_panels import panels_of
 from experiments.report_pictures import (
     Examples,
@@ -28,7 +29,6 @@ from experiments.report_pictures import (
     save_pictures,
 )
 from experiments.report_sections import sections
-from experiments.train import build
 
 ROWS = 8  # reconstructions, and prompts of each split
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers")

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dcar.data.batches import in_unit_range
-from dcar.evaluation.pictures import captioned_grid, reconstruction_columns, save_png, to_pil
+from dcar.evaluation.pictures import reconstruction_columns, to_pil
+from dcar.evaluation.sheets import captioned_grid, save_png
 from dcar.models.sampler import Tokens
 from dcar.models.tokenizer import HybridTokenizer
 from dcar.pipeline import DCARPipeline

@@ -6,9 +6,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
 
+from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import sweep
 from dcar.lit.last_checkpoint import step_files
-from dcar.models.checkpoints import CheckpointError, read_checkpoint
+from dcar.models.checkpoints import read_checkpoint
 
 
 def _glance(path: Path) -> int | CheckpointError:

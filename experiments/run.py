@@ -24,11 +24,7 @@ from types import FrameType
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
-from dcar.data.members import DataError
-from dcar.lit.guard import NonFiniteError
-from dcar.lit.last_checkpoint import Interrupted
-from dcar.lit.lost_ranks import LostRankError
-from dcar.models.checkpoints import CheckpointError
+from dcar.errors import CheckpointError, DataError, Interrupted, LostRankError, NonFiniteError
 from experiments.config import ConfigError, experiment_names, first_comment, load_config
 
 LOST, USAGE, DATA, NON_FINITE = 1, 2, 3, 4

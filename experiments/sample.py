@@ -7,15 +7,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig
 from PIL.Image import Image
 
-from dcar.evaluation.pictures import captioned_grid, save_png
-from dcar.models.checkpoints import (
-    CheckpointError,
-    Model,
-    build_model,
-    load_model,
-    load_strictly,
-    read_checkpoint,
-)
+from dcar.errors import CheckpointError
+from dcar.evaluation.sheets import captioned_grid, save_png
+from dcar.models.checkpoints import Model, build_model, load_model, load_strictly, read_checkpoint
 from dcar.pipeline import DCARPipeline
 from experiments.config import ConfigError
 from experiments.run import RunOptions

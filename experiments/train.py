@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -20,32 +18,13 @@ from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.lineage import model_lineage
 from dcar.lit.precision import is_on_cpu, precision_plugin
 from dcar.lit.sharding import is_sharded
-from dcar.models.checkpoints import (
-    PARTS,
-    CheckpointError,
-    load_strictly,
-    read_checkpoint,
-    save_model,
-)
-from experiments.config import ConfigError, quick_dtype
+from dcar.models.checkpoints import PARTS, load_strictly, read_checkpoint, save_model
+from experiments.components import build
+from experiments.config import quick_dtype
 from experiments.lineage import lineage_of
 from experiments.resume import find_resume, finished, first_logged_step
 from experiments.run import RunOptions
 from experiments.strategy import resolve_strategy, syncs_batchnorm
-
-
-def build(node: Any, **arguments: Any) -> Any:
-    """Instantiate a config node; a wrong argument is a ConfigError that names node and class."""
-    try:
-        return instantiate(node, **arguments, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, CheckpointError | FileNotFoundError):
-            raise cause from error
-        key = str(error).rsplit("full_key: ", 1)[-1].strip()
-        reason = cause if cause is not None else str(error).splitlines()[0]
-        target = OmegaConf.select(node, "_target_", default="?")
-        raise ConfigError(f"{key or target}: {reason}") from error
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:

@@ -16,8 +16,9 @@ from dcar.data.build_unit import BuildTask
 from dcar.data.distributors import Distributor, Outcome, Task, Tick
 from dcar.data.filters import Filters
 from dcar.data.index import read_shard
-from dcar.data.members import DataError, Raw
+from dcar.data.members import Raw
 from dcar.data.sources.source import Record, Unit
+from dcar.errors import DataError
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), kind: str = "JPEG") -> bytes:

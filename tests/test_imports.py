@@ -20,12 +20,22 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # Folder -> (what of this project it may import, what it never imports). docs/architecture.md.
 LIGHTNING, CONFIG = {"lightning", "pytorch_lightning"}, {"omegaconf", "hydra"}
 TABLE: dict[str, tuple[tuple[str, ...], set[str]]] = {
-    "dcar/models": (("dcar.models",), LIGHTNING | CONFIG | {"webdataset", "torchmetrics"}),
-    "dcar/data": (("dcar.data",), LIGHTNING | CONFIG),
-    "dcar/evaluation": (("dcar.models", "dcar.data", "dcar.evaluation"), LIGHTNING | CONFIG),
-    "dcar/lit": (("dcar.models", "dcar.data", "dcar.evaluation", "dcar.lit"), CONFIG),
+    "dcar/errors.py": ((), LIGHTNING | CONFIG | {"torch"}),
+    "dcar/models": (
+        ("dcar.models", "dcar.errors"),
+        LIGHTNING | CONFIG | {"webdataset", "torchmetrics"},
+    ),
+    "dcar/data": (("dcar.data", "dcar.errors"), LIGHTNING | CONFIG),
+    "dcar/evaluation": (
+        ("dcar.models", "dcar.data", "dcar.evaluation", "dcar.errors"),
+        LIGHTNING | CONFIG,
+    ),
+    "dcar/lit": (
+        ("dcar.models", "dcar.data", "dcar.evaluation", "dcar.lit", "dcar.errors"),
+        CONFIG,
+    ),
     "dcar/pipeline.py": (
-        ("dcar.models", "dcar.data", "dcar.evaluation.pictures"),
+        ("dcar.models", "dcar.data", "dcar.evaluation.pictures", "dcar.evaluation.sheets"),
         LIGHTNING | CONFIG,
     ),
     "dcar/__init__.py": (("dcar",), LIGHTNING | CONFIG),
@@ -52,6 +62,7 @@ NO_SOURCE = {
 }
 # Sources that need no test of their own name, and why.
 NO_TEST = {
+    "dcar/errors.py": "classes alone; tests/experiments/test_run.py has an exit code for each",
     "dcar/data/sources/source.py": "types alone; each source's test goes through them",
     "dcar/lit/health_rules.py": "tests/lit/test_health.py has a training that is ill for each",
 }
@@ -122,6 +133,15 @@ def test_pure_functions_import_without_the_heavy_packages() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {"transformers", "lightning", "hydra"}.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.parametrize("task", ["run", "data_build", "data_inspect"])
+def test_tools_for_data_start_without_torch(task: str) -> None:
+    """Seconds of each start, and a few hundred MB of every process that builds shards."""
+    code = f"import sys, experiments.{task}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"torch", "lightning", "transformers"}.isdisjoint(done.stdout.split())
 
 
 def test_every_source_file_has_a_test_file() -> None:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcar.data.members import DataError
 from dcar.data.samples import Sample
 from dcar.data.transforms import to_unit_range
+from dcar.errors import DataError
 
 Batch = dict[str, Any]
 

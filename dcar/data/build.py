@@ -27,10 +27,10 @@ from dcar.data.build_unit import (
 from dcar.data.distributors import Distributor, Outcome, Task
 from dcar.data.duplicates import check_distance, find_duplicates
 from dcar.data.filters import DUPLICATE_KEY, NEAR_DUPLICATE
-from dcar.data.members import DataError
 from dcar.data.shards import ShardEntry, write_manifest
 from dcar.data.sources.source import Unit
 from dcar.data.storage import exists, join
+from dcar.errors import DataError
 
 log = logging.getLogger(__name__)
 NAMED_FAILURES = 20

@@ -13,7 +13,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dcar.data.build_unit import WORK, Part, part_url, scan_url
-from dcar.data.members import DataError
 from dcar.data.shards import MANIFEST, read_facts
 from dcar.data.sources.source import Unit
 from dcar.data.storage import (
@@ -27,6 +26,7 @@ from dcar.data.storage import (
     remove,
     write_atomically,
 )
+from dcar.errors import DataError
 
 SETTINGS, UNITS = "settings.json", "units.json"
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from dcar.data.members import DataError
 from dcar.data.shards import ShardEntry
 from dcar.data.storage import download, local_path, name_of, partial_name
 from dcar.data.stores import SCHEMES, check_scheme, is_remote, scheme_of, shown, with_retries
+from dcar.errors import DataError
 
 ORPHAN_AGE = 3600.0  # seconds since anything was written to a partial file
 OURS = re.compile(r"\.?[\w.-]+\.[0-9a-f]{16}\.shard(\.\d+\.[0-9a-f]{8}\.partial)?")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
-from dcar.data.members import DataError
+from dcar.errors import DataError
 
 RAY_RETRIES = 4  # of a task whose node or process died
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from dcar.data.images import MAX_PIXELS, Decoded, ImageTooLarge, decode, image_size
+from dcar.data.images import MAX_PIXELS, Decoded, ImageTooLarge, covering, decode, image_size
 from dcar.data.members import BadSample
 from dcar.data.samples import MAX_CAPTION_BYTES
 from dcar.data.sources.source import Record
-from dcar.data.transforms import covering, resize
 
 CHECKS = ("decode", "header")
 FORMATS = ("jpg", "webp")
@@ -138,6 +137,8 @@ class Filters:
             raise BadSample(BROKEN) from error
 
     def _resized(self, data: bytes, size: tuple[int, int]) -> Picture:
+        from dcar.data.transforms import resize  # imports torch, which only resizing needs
+
         pixels = resize(self.decoded(data, cover=size), size)  # (height, width, 3)
         # Plane by plane: `resize` leaves them so, and to interleave them here costs ten times more.
         planes = [Image.fromarray(pixels[:, :, channel]) for channel in range(3)]

@@ -64,6 +64,12 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise ValueError(f"{len(data)} bytes that are no WebP, PNG or JPEG") from error
 
 
+def covering(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the smallest picture of that aspect ratio with a `shape` in it."""
+    scale = max(shape[0] / height, shape[1] / width)
+    return round(height * scale), round(width * scale)
+
+
 def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a WebP, PNG or JPEG to an upright RGB picture on white; first frame of an animation.
 

@@ -6,15 +6,9 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from dcar.data.members import (
-    MAX_MEMBER_BYTES,
-    MEMBER_TYPES,
-    BadSample,
-    DataError,
-    Raw,
-    split_name,
-)
+from dcar.data.members import MAX_MEMBER_BYTES, MEMBER_TYPES, BadSample, Raw, split_name
 from dcar.data.tar_header import StrictHeader
+from dcar.errors import DataError
 
 
 class ShardIndex:

@@ -12,9 +12,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from dcar.data.batches import Batch
-from dcar.data.members import DataError
 from dcar.data.order import Share, Slice
 from dcar.data.stream import ShardStream
+from dcar.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -1,17 +1,11 @@
 """What a shard may hold: the closed list of member types, and how samples and data go wrong."""
 
-from webdataset.tariterators import base_plus_ext
-
 IMAGE_TYPES = ("webp", "png", "jpg", "jpeg")
 TOKEN_TYPES = ("ids.npy", "residual.npy", "text.npy")
 MEMBER_TYPES = (*IMAGE_TYPES, "txt", "json", "cls", *TOKEN_TYPES)
 MAX_MEMBER_BYTES = 256 * 2**20
 
 Raw = dict[str, bytes | str]  # {"__key__": "3d/red-apple", "webp": bytes, "txt": bytes}
-
-
-class DataError(RuntimeError):
-    """The data cannot be read as they must be: a shard, a sample, or too many samples."""
 
 
 class BadSample(ValueError):
@@ -24,6 +18,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     As webdataset does: the key ends at the first dot of the last part, types have no case. A
     leading `./`, which some archivers write, is not part of the key.
     """
+    from webdataset.tariterators import base_plus_ext  # imports torch: only where it is needed
+
     key, kind = base_plus_ext(name.removeprefix("./"))
     if key is None or kind.lower() not in MEMBER_TYPES:
         return None

@@ -7,14 +7,18 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from dcar.data.images import ImageTooLarge, read_image
 from dcar.data.index import read_shard
 from dcar.data.members import IMAGE_TYPES, BadSample, Raw
 from dcar.data.storage import expand
-from dcar.data.transforms import ImageTooLarge, ImageTransform, read_image
+
+if TYPE_CHECKING:  # imports torch, which those who only look at samples do without
+    from dcar.data.transforms import ImageTransform
 
 MAX_CAPTION_BYTES = 16 * 1024
 OWN = "own"  # the name, among captions, of the one that the shard itself holds
@@ -47,7 +51,7 @@ class Sample:
 
 def decode(
     raw: Raw,
-    transform: ImageTransform,
+    transform: "ImageTransform",
     *,
     captioned: bool,
     shape: tuple[int, int] | None = None,
@@ -67,7 +71,7 @@ def decode(
 
 
 def read_pixels(
-    raw: Raw, transform: ImageTransform, shape: tuple[int, int] | None = None
+    raw: Raw, transform: "ImageTransform", shape: tuple[int, int] | None = None
 ) -> np.ndarray:
     """The picture as the transform prepares it, uint8 (height, width, 3)."""
     image = image_bytes(raw)

@@ -21,11 +21,12 @@ from PIL import Image
 
 from dcar.data.distributors import advance
 from dcar.data.images import ImageTooLarge, read_pixels
-from dcar.data.members import MAX_MEMBER_BYTES, BadSample, DataError, Raw, split_name
+from dcar.data.members import MAX_MEMBER_BYTES, BadSample, Raw, split_name
 from dcar.data.samples import image_bytes, read_caption, read_tokens
 from dcar.data.shards import ShardEntry
 from dcar.data.storage import name_of, open_read
 from dcar.data.tar_header import StrictHeader
+from dcar.errors import DataError
 
 LISTED = 100  # problems of one reason listed for a shard; the others are counted
 END_OF_TAR = 1024  # zero bytes that end an archive

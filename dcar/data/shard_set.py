@@ -13,10 +13,11 @@ import numpy as np
 from dcar.data.cache import ShardCache
 from dcar.data.images import image_size
 from dcar.data.index import ShardIndex, count_samples
-from dcar.data.members import BadSample, DataError, Raw
+from dcar.data.members import BadSample, Raw
 from dcar.data.samples import OWN, image_bytes, is_text
 from dcar.data.shards import ShardEntry, read_facts, read_manifest, read_sizes
 from dcar.data.storage import expand, is_remote, join, list_files, name_of, parent
+from dcar.errors import DataError
 
 MAX_EDGE = 65_535  # of a picture, in a table of uint16
 OPEN_SHARDS = 16  # held open by a reader that does not say how many it needs

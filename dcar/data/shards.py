@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dcar.data.members import MEMBER_TYPES, DataError, check_key
+from dcar.data.members import MEMBER_TYPES, check_key
 from dcar.data.storage import exists, join, name_of, open_read, read_bytes, write_atomically
+from dcar.errors import DataError
 
 MANIFEST, SIZES = "manifest.json", "sizes.npz"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
-import webdataset
 
 from dcar.data.stores import (
     SCHEMES,
@@ -98,10 +97,12 @@ def expand(
     Raises ValueError for a scheme that is not one of `schemes` (`pipe:` runs a shell and is only
     taken where it is named), FileNotFoundError naming the pattern that matches nothing.
     """
+    from webdataset.shardlists import expand_urls  # imports torch: only where it is needed
+
     listed = [urls] if isinstance(urls, str | Path) else list(urls)
     files: list[str] = []
     for url in map(str, listed):
-        for pattern in webdataset.shardlists.expand_urls(url):
+        for pattern in expand_urls(url):
             check_scheme(pattern, schemes)
             found = _remote_matches(pattern) if is_remote(pattern) else _local_matches(pattern)
             if not found:

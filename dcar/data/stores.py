@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import fsspec
 import fsspec.asyn
 
-from dcar.data.members import DataError
+from dcar.errors import DataError
 
 SCHEMES = ("file", "s3", "gs", "http", "https", "hf")
 OPENED = (*SCHEMES, "memory")  # memory: inside this process, harmless; what tests write to

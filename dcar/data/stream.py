@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dcar.data.batches import Batch, collate
 from dcar.data.buckets import Buckets
-from dcar.data.members import BadSample, DataError
+from dcar.data.members import BadSample
 from dcar.data.order import (
     BucketOrder,
     MixedOrder,
@@ -35,6 +35,7 @@ from dcar.data.samples import OWN, Sample, decode
 from dcar.data.shard_set import ShardSet
 from dcar.data.storage import name_of
 from dcar.data.transforms import ImageTransform
+from dcar.errors import DataError
 
 SAMPLES_BEFORE_JUDGING = 100  # a rate of bad samples means nothing on fewer
 MANY_SHARDS = 256  # open at once

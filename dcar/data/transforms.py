@@ -13,17 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from dcar.data.images import MAX_PIXELS, Decoded, ImageTooLarge, decode, read_image, to_rgb
-
-__all__ = ["ImageTooLarge", "ImageTransform", "read_image", "to_rgb", "to_unit_range"]
+from dcar.data.images import MAX_PIXELS, Decoded, ImageTooLarge, covering, decode, to_rgb
 
 CROPS = ("center", "random", "adm")
-
-
-def covering(height: int, width: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the smallest picture of that aspect ratio with a `shape` in it."""
-    scale = max(shape[0] / height, shape[1] / width)
-    return round(height * scale), round(width * scale)
 
 
 def resize(picture: Decoded, size: tuple[int, int]) -> np.ndarray:

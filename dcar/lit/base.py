@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcar.data.batches import in_unit_range
+from dcar.errors import CheckpointError
 from dcar.lit.compilation import compile_backend, compile_parts
 from dcar.lit.lineage import utc_now
 from dcar.lit.sharding import is_sharded, shard_network, whole_state
 from dcar.lit.stepping import SteppingModule
-from dcar.models.checkpoints import CheckpointError, load_strictly, read_checkpoint
+from dcar.models.checkpoints import load_strictly, read_checkpoint
 from dcar.models.draws import Draws
 
 

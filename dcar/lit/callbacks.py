@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dcar.evaluation.pictures import captioned_grid, reconstruction_columns, tile, to_pil
+from dcar.evaluation.pictures import reconstruction_columns, tile, to_pil
+from dcar.evaluation.sheets import captioned_grid
 
 
 def writer(trainer: Trainer) -> SummaryWriter | None:

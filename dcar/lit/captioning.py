@@ -8,9 +8,9 @@ from typing import Any
 from lightning import LightningModule
 from PIL import Image
 
+from dcar.data.images import ImageTooLarge, read_image
 from dcar.data.members import BadSample, Raw
 from dcar.data.samples import image_bytes
-from dcar.data.transforms import ImageTooLarge, read_image
 from dcar.models.captioner import Captioner, Prompt
 
 NO_CAPTION = "empty caption"

@@ -10,7 +10,7 @@ from dcar.data.loader import ShardLoader
 from dcar.data.storage import parent
 from dcar.data.stores import shown
 from dcar.data.stream import ShardStream
-from dcar.models.checkpoints import CheckpointError
+from dcar.errors import CheckpointError
 
 
 def _token_facts(stream: ShardStream) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dcar.errors import CheckpointError
 from dcar.lit.frozen import Frozen
 from dcar.lit.generator import MaskedARGenerator
-from dcar.models.checkpoints import CheckpointError, Model
+from dcar.models.checkpoints import Model
 from dcar.models.generator import HybridGenerator
 from dcar.models.lora import (
     Adapter,

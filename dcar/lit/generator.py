@@ -13,16 +13,13 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from dcar.errors import CheckpointError
 from dcar.evaluation.metrics import GenerationMetrics
 from dcar.lit.base import BaseModule
 from dcar.lit.frozen import Frozen
 from dcar.lit.precompute import check_tokens, describe_tokens
 from dcar.lit.stepping import Losses
-from dcar.models.checkpoints import (
-    CheckpointError,
-    Model,
-    load_tokenizer,
-)
+from dcar.models.checkpoints import Model, load_tokenizer
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
 from dcar.models.residual_head import BaseResidualHead

@@ -14,10 +14,6 @@ POLICIES = ("raise", "skip", "rollback")
 SMALLEST_SCALE = 1.0  # below it gradients do not overflow because they were scaled
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the optimizer step was not taken."""
-
-
 class KeptBuffers:
     """Buffers that a forward pass moves (running statistics), to be put back after a bad one."""
 

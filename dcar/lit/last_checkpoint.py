@@ -20,33 +20,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
 
-from dcar.data.members import DataError
 from dcar.data.storage import is_remote
+from dcar.errors import CheckpointError, DataError, Interrupted, NonFiniteError
 from dcar.lit.checkpoint_io import DurableCheckpointIO, link_durably, sweep
-from dcar.lit.guard import NonFiniteError
-from dcar.models.checkpoints import CheckpointError, digest_path
+from dcar.models.checkpoints import digest_path
 
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STEP_FILE = re.compile(r"step_(\d{8,})\.ckpt")
 PATIENCE = timedelta(minutes=5)  # of a rank whose data failed: the others are at most a batch away
-
-
-class Interrupted(BaseException):
-    """Training stopped on a signal, after its state was saved. signum: the signal.
-
-    requeued: SLURM was told to start the job again.
-    """
-
-    def __init__(self, signum: int, *, requeued: bool = False):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum, self.requeued = signum, requeued
-
-    @property
-    def exit_code(self) -> int:
-        """That of a process which a signal ended; 0 where the job goes on by itself."""
-        return 0 if self.requeued else 128 + self.signum
 
 
 def step_files(folder: Path) -> dict[int, Path]:

@@ -19,12 +19,8 @@ import torch
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import read_manifest
 from dcar.data.storage import name_of
-from dcar.models.checkpoints import (
-    CheckpointError,
-    file_digest,
-    known_digests,
-    read_checkpoint,
-)
+from dcar.errors import CheckpointError
+from dcar.models.checkpoints import file_digest, known_digests, read_checkpoint
 
 CODE = Path(__file__).parents[2]
 # Keys, wherever they stand, whose values may differ from machine to machine: the record names the

@@ -2,15 +2,10 @@
 
 import torch.distributed as dist
 
+from dcar.errors import LostRankError
+
 # gloo raises a bare RuntimeError: these are the words of its transport, and of its time limit
 GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
-
-
-class LostRankError(RuntimeError):
-    """Another process of the training has ended or does not answer; the message says how we know.
-
-    The last checkpoint is whole; the same command with --ckpt=auto goes on from it.
-    """
 
 
 def is_lost_rank(error: BaseException) -> bool:

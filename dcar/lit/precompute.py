@@ -16,8 +16,7 @@ from torch import Tensor
 from dcar.data.members import BadSample, Raw
 from dcar.data.samples import decode
 from dcar.data.transforms import ImageTransform
-from dcar.lit.guard import NonFiniteError
-from dcar.models.checkpoints import CheckpointError
+from dcar.errors import CheckpointError, NonFiniteError
 from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
 from dcar.models.tokenizer import HybridTokenizer
 

@@ -6,10 +6,11 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from dcar.errors import CheckpointError, NonFiniteError
 from dcar.lit.averaging import AverageWeights
-from dcar.lit.guard import NonFiniteError, gather_over_ranks
+from dcar.lit.guard import gather_over_ranks
 from dcar.lit.last_checkpoint import LastCheckpoint
-from dcar.models.checkpoints import CheckpointError, read_checkpoint
+from dcar.models.checkpoints import read_checkpoint
 
 
 def _read_last(callbacks: list[Any]) -> tuple[dict[str, Any], Path | None, str]:

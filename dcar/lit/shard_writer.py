@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from dcar.data.build_folder import changes
-from dcar.data.members import DataError, Raw
+from dcar.data.members import Raw
 from dcar.data.shards import ShardEntry, ShardWriter, write_manifest
 from dcar.data.storage import (
     exists,
@@ -31,7 +31,8 @@ from dcar.data.storage import (
     write_atomically,
 )
 from dcar.data.stores import shown
-from dcar.lit.last_checkpoint import STOP_SIGNALS, Interrupted
+from dcar.errors import DataError, Interrupted
+from dcar.lit.last_checkpoint import STOP_SIGNALS
 from dcar.lit.shard_reader import Source
 
 RECORDS = ".progress"  # folder in the output folder

@@ -14,14 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dcar.errors import NonFiniteError
 from dcar.lit.flight_record import StepBatch, write_flight_records
-from dcar.lit.guard import (
-    KeptBuffers,
-    NonFiniteError,
-    NonFiniteGuard,
-    StepCheck,
-    check_over_ranks,
-)
+from dcar.lit.guard import KeptBuffers, NonFiniteGuard, StepCheck, check_over_ranks
 from dcar.lit.random_states import random_states
 from dcar.lit.rollback import roll_back
 from dcar.lit.schedules import constant

@@ -13,11 +13,10 @@ from einops import rearrange
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from dcar.data.members import DataError
+from dcar.errors import DataError, NonFiniteError
 from dcar.evaluation.metrics import ReconstructionMetrics
 from dcar.lit.base import BaseModule, train_only
 from dcar.lit.frozen import Frozen
-from dcar.lit.guard import NonFiniteError
 from dcar.lit.stepping import Losses
 from dcar.models.checkpoints import load_strictly
 from dcar.models.distributed import first_rank_value

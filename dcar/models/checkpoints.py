@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dcar.errors import CheckpointError
 from dcar.models.generator import HybridGenerator
 from dcar.models.sampler import SamplerSettings
 from dcar.models.tokenizer import HybridTokenizer
@@ -42,10 +43,6 @@ COMPONENTS = (
 )
 PARTS = ("tokenizer", "generator", "text_encoder")
 TOKENIZER_MODULES = ("TokenizerStage2", "TokenizerStage3")  # whose tokenizers are of use to others
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint or model folder cannot be used; the message says why and what to do."""
 
 
 def build(config: Any) -> Any:

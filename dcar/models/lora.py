@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dcar.models.checkpoints import CheckpointError, Model, is_saved, load_strictly
+from dcar.errors import CheckpointError
+from dcar.models.checkpoints import Model, is_saved, load_strictly
 from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
 
 TARGETS = (

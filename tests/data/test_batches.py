@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dcar.data.batches import collate, in_unit_range, pad_text
-from dcar.data.members import DataError
 from dcar.data.samples import Sample
+from dcar.errors import DataError
 
 
 def token_sample(key: str, side: int = 2, **more: np.ndarray) -> Sample:

@@ -13,9 +13,9 @@ import pytest
 from dcar.data.build import Report, Tally, left_out
 from dcar.data.build_unit import Part, key_digest
 from dcar.data.filters import Filters
-from dcar.data.members import DataError
 from dcar.data.shards import read_facts, read_manifest, read_sizes
 from dcar.data.sources.source import Record, Unit
+from dcar.errors import DataError
 from tests.builds import GivenSource, Silent, all_bytes, built, picture, record, samples_of
 
 SIZES = ((40, 30), (24, 24), (30, 40))

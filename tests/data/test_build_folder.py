@@ -6,9 +6,9 @@ import pytest
 
 from dcar.data.build_folder import BuildFolder, differences
 from dcar.data.build_unit import Part, part_url
-from dcar.data.members import DataError
 from dcar.data.shards import ShardEntry, write_manifest
 from dcar.data.sources.source import Unit
+from dcar.errors import DataError
 
 
 def folder(out: Path, **settings) -> BuildFolder:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dcar.data.cache import ShardCache, check_content, file_name
-from dcar.data.members import DataError
 from dcar.data.shards import ShardEntry
 from dcar.data.storage import write_atomically
+from dcar.errors import DataError
 from tests.servers import ALWAYS, Fault, FaultyServer, shared_s3_server
 
 SHARD = os.urandom(300_000)

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from dcar.data.index import ShardIndex, count_samples, read_shard
-from dcar.data.members import BadSample, DataError
+from dcar.data.members import BadSample
 from dcar.data.shards import write_shards
+from dcar.errors import DataError
 
 
 def samples(count: int) -> list[dict[str, bytes | str]]:

@@ -16,8 +16,8 @@ from torch.utils.data._utils import signal_handling
 
 from dcar.data.buckets import Buckets
 from dcar.data.loader import ShardLoader, death_of_worker, name_the_dead
-from dcar.data.members import DataError
 from dcar.data.transforms import ImageTransform
+from dcar.errors import DataError
 from tests.shards import UNEVEN, build, everything, keys, loader_of, same, stream, take
 
 BATCHES = sum(UNEVEN) // 3  # an epoch of one rank

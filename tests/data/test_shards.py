@@ -11,7 +11,6 @@ import webdataset
 from datasets import Image, load_dataset
 
 from dcar.data.index import read_shard
-from dcar.data.members import DataError
 from dcar.data.shards import (
     ShardWriter,
     describe,
@@ -24,6 +23,7 @@ from dcar.data.shards import (
     write_shards,
 )
 from dcar.data.storage import expand
+from dcar.errors import DataError
 
 
 def samples(count: int) -> list[dict[str, bytes | str]]:

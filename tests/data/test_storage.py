@@ -6,7 +6,6 @@ from typing import NoReturn
 
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.storage import (
     exists,
     expand,
@@ -20,6 +19,7 @@ from dcar.data.storage import (
     write_atomically,
 )
 from dcar.data.stores import filesystem
+from dcar.errors import DataError
 from tests.servers import Fault, FaultyServer, shared_s3_server
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.stores import (
     check_scheme,
     filesystem,
@@ -18,6 +17,7 @@ from dcar.data.stores import (
     shown,
     with_retries,
 )
+from dcar.errors import DataError
 from tests.servers import FaultyServer
 
 URL = "s3://bucket/a.tar"

@@ -10,11 +10,11 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcar.data.loader import ShardLoader
-from dcar.data.members import DataError
 from dcar.data.samples import Sample
 from dcar.data.shard_set import ShardSet
 from dcar.data.stream import Part, ShardStream
 from dcar.data.transforms import ImageTransform
+from dcar.errors import DataError
 from tests.shards import UNEVEN, build, keys, other, same, stream
 
 

@@ -14,11 +14,11 @@ import torch
 from dcar.data.buckets import Buckets
 from dcar.data.index import ShardIndex
 from dcar.data.loader import ShardLoader
-from dcar.data.members import DataError
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import Part, ShardStream
 from dcar.data.transforms import ImageTransform
+from dcar.errors import DataError
 from tests.shards import UNEVEN, build, keys, other, row, same, stream
 
 

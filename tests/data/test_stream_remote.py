@@ -6,8 +6,8 @@ import pytest
 
 from dcar.data.cache import ShardCache
 from dcar.data.loader import ShardLoader
-from dcar.data.members import DataError
 from dcar.data.shard_set import ShardSet
+from dcar.errors import DataError
 from tests.servers import ALWAYS, Fault, FaultyServer
 from tests.shards import build, same, stream
 

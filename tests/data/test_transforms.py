@@ -8,15 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dcar.data.images import Decoded
-from dcar.data.transforms import (
-    ImageTooLarge,
-    ImageTransform,
-    read_image,
-    resize,
-    resize_adm,
-    to_unit_range,
-)
+from dcar.data.images import Decoded, ImageTooLarge, read_image
+from dcar.data.transforms import ImageTransform, resize, resize_adm, to_unit_range
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcar.data.members import DataError
 from dcar.data.shard_check import ShardCheck
 from dcar.data.shards import read_manifest, write_manifest, write_shards
 from dcar.data.verify import over_processes, quiet, shard_urls, splits_of, verify
+from dcar.errors import DataError
 
 
 def picture(size: tuple[int, int] = (8, 8)) -> bytes:

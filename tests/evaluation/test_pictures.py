@@ -1,18 +1,9 @@
-"""Tiles, captioned grids and PNG files with their settings."""
-
-from pathlib import Path
+"""Tensors as tiles and as pictures."""
 
 import numpy as np
 import torch
-from PIL import Image
 
-from dcar.evaluation.pictures import (
-    captioned_grid,
-    reconstruction_columns,
-    save_png,
-    tile,
-    to_pil,
-)
+from dcar.evaluation.pictures import reconstruction_columns, tile, to_pil
 
 
 def test_a_tile_has_one_row_an_image_and_one_column_an_entry() -> None:
@@ -34,18 +25,3 @@ def test_pixels_go_to_uint8_and_keep_their_place() -> None:
     image[0, 0, 2] = 1.0
     picture = np.asarray(to_pil(image))
     assert picture[0, 2].tolist() == [255, 0, 0] and picture.sum() == 255
-
-
-def test_a_png_carries_its_prompt_and_seed(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.png"
-    save_png(Image.new("RGB", (2, 2)), path, {"prompt": "ein Äpfel", "seed": 3})
-    with Image.open(path) as picture:
-        assert picture.text == {"prompt": "ein Äpfel", "seed": "3"}
-
-
-def test_a_captioned_grid_places_pictures_in_rows() -> None:
-    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
-    grid = captioned_grid(pictures, ["a", "b", "word " * 50], columns=2, side=40)
-    assert grid.size == (80, 2 * 74)
-    assert grid.getpixel((60, 20)) == (0, 255, 0) and grid.getpixel((20, 94)) == (0, 0, 255)
-    assert grid.getpixel((60, 100)) == (255, 255, 255)

@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dcar.data.shards import write_shards
+from experiments.components import build
 from experiments.config import CONFIGS, experiment_names, load_config
-from experiments.train import build
 from tests.shards import row
 
 GIVEN = {

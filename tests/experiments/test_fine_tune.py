@@ -16,20 +16,15 @@ from dcar.data.batches import in_unit_range
 from dcar.data.loader import ShardLoader
 from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
-from dcar.models.checkpoints import (
-    CheckpointError,
-    Model,
-    load_model,
-    load_tokenizer,
-    read_checkpoint,
-    save_model,
-)
+from dcar.errors import CheckpointError
+from dcar.models.checkpoints import Model, load_model, load_tokenizer, read_checkpoint, save_model
 from dcar.models.draws import Draws
 from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
+from experiments.components import build
 from experiments.config import load_config
 from experiments.fine_tune import find_base, find_tokenizer
 from experiments.run import RunOptions, main
-from experiments.train import build, build_trainer
+from experiments.train import build_trainer
 from tests.toys import (
     ROOT,
     SIZE,

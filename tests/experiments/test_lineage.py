@@ -11,13 +11,13 @@ import torch
 from lightning import LightningDataModule
 from omegaconf import OmegaConf
 
+from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import save_durably
 from dcar.lit.lineage import chain, digest_of_files, model_lineage
-from dcar.models.checkpoints import CheckpointError
+from experiments.components import build
 from experiments.config import load_config
 from experiments.lineage import describe, find, lineage_of
 from experiments.run import main
-from experiments.train import build
 
 
 def begin(name: str = "smoke/stage1", *overrides: str, resumed: Path | None = None) -> dict:

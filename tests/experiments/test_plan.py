@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcar.evaluation.cost_devices import DEVICES
 from dcar.evaluation.cost_steps import TokenizerStep, meter_step, without_values
 from dcar.evaluation.costs import held_bytes, parameter_counts
+from experiments.components import build
 from experiments.config import ConfigError, _compose, experiment_names, load_config
 from experiments.plan import (
     TRAINING,
@@ -24,7 +25,6 @@ from experiments.plan import (
     training_steps,
 )
 from experiments.run import main
-from experiments.train import build
 from tests.toys import ToyData, ToyImages, ToyLoader, toy_trainer
 
 GAN = [

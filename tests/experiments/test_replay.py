@@ -10,9 +10,10 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
+from dcar.errors import CheckpointError, NonFiniteError
 from dcar.lit.base import BaseModule
-from dcar.lit.guard import NonFiniteError, NonFiniteGuard
-from dcar.models.checkpoints import CheckpointError
+from dcar.lit.guard import NonFiniteGuard
+from experiments.components import build
 from experiments.config import experiment_names, load_config
 from experiments.replay import (
     TARGETS,
@@ -25,7 +26,6 @@ from experiments.replay import (
     replay,
 )
 from experiments.run import RunOptions, main
-from experiments.train import build
 from tests.lit.nonfinite_run import Poison, precise_trainer
 from tests.toys import ToyData
 

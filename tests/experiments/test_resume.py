@@ -6,8 +6,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import link_durably, save_durably
-from dcar.models.checkpoints import CheckpointError, digest_path
+from dcar.models.checkpoints import digest_path
 from experiments.resume import find_resume, finished, first_logged_step
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from dcar.errors import Interrupted
 from dcar.lit.checkpoint_io import DurableCheckpointIO
-from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint
+from dcar.lit.last_checkpoint import LastCheckpoint
 from experiments.run import main, parse
 from tests.toys import ToyData, toy_stage, toy_trainer
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcar.models.checkpoints import CheckpointError, save_model
+from dcar.errors import CheckpointError
+from dcar.models.checkpoints import save_model
 from experiments.run import main
 from experiments.sample import find_model, output_paths, read_prompts
 from tests.toys import SIZE, toy_model

@@ -14,7 +14,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcar.models.checkpoints import CheckpointError, load_model
+from dcar.errors import CheckpointError
+from dcar.models.checkpoints import load_model
 from experiments.config import load_config
 from experiments.resume import find_resume, finished
 from experiments.run import RunOptions, main

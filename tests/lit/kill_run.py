@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from dcar.data.members import DataError
+from dcar.errors import CheckpointError, DataError, Interrupted
 from dcar.lit.checkpoint_io import DurableCheckpointIO, sweep
-from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint
+from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.random_states import RandomStates
-from dcar.models.checkpoints import CheckpointError, known_digests, read_checkpoint
+from dcar.models.checkpoints import known_digests, read_checkpoint
 from tests.toys import ToyData, toy_stage, toy_trainer
 
 

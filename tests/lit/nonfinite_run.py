@@ -19,9 +19,10 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 
+from dcar.errors import NonFiniteError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.base import BaseModule
-from dcar.lit.guard import NonFiniteError, NonFiniteGuard
+from dcar.lit.guard import NonFiniteGuard
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.precision import precision_plugin
 from dcar.lit.sharding import ShardedStrategy, own_piece, whole_state

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from dcar.errors import CheckpointError
 from dcar.lit.base import train_only
-from dcar.models.checkpoints import CheckpointError
 from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcar.errors import CheckpointError
 from dcar.lit import checkpoint_io
 from dcar.lit.checkpoint_io import (
     DurableCheckpointIO,
@@ -23,7 +24,7 @@ from dcar.lit.checkpoint_io import (
     save_durably,
     sweep,
 )
-from dcar.models.checkpoints import CheckpointError, file_digest, known_digests, read_checkpoint
+from dcar.models.checkpoints import file_digest, known_digests, read_checkpoint
 
 SCRIPT = Path(__file__).with_name("kill_run.py")
 

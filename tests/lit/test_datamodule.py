@@ -10,8 +10,8 @@ import torch
 from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
+from dcar.errors import CheckpointError
 from dcar.lit.datamodule import ShardDataModule
-from dcar.models.checkpoints import CheckpointError
 from tests.toys import ROOT
 
 NAMES = ("val", "heldout")  # not as the alphabet has them

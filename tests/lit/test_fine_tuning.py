@@ -8,11 +8,12 @@ import pytest
 import torch
 from lightning import Callback
 
+from dcar.errors import CheckpointError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.fine_tuning import LoraGenerator, adapter_of
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.random_states import RandomStates
-from dcar.models.checkpoints import CheckpointError, Model, read_checkpoint
+from dcar.models.checkpoints import Model, read_checkpoint
 from dcar.models.lora import LoraSettings, adapted_layers
 from tests.toys import SIZE, ToyData, toy_masked_generator, toy_model, toy_trainer, weights
 

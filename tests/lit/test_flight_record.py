@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from dcar.errors import NonFiniteError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.flight_record import largest, output_maxima
 from dcar.lit.frozen import Frozen
-from dcar.lit.guard import NonFiniteError, NonFiniteGuard
+from dcar.lit.guard import NonFiniteGuard
 from tests.lit.nonfinite_run import NAN, Poison, precise_trainer, toy_module
 from tests.toys import ToyData, toy_trainer, weights
 

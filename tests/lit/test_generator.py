@@ -9,12 +9,12 @@ import torch
 
 from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
+from dcar.errors import CheckpointError
 from dcar.evaluation.metrics import GenerationMetrics
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.datamodule import ShardDataModule
 from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.last_checkpoint import LastCheckpoint
-from dcar.models.checkpoints import CheckpointError
 from dcar.models.text_encoder import ByteT5TextEncoder
 from tests.prediction_toys import make_tokens, write_pictures
 from tests.toys import (

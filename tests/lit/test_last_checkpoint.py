@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from dcar.data.members import DataError
-from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint, step_files
+from dcar.errors import DataError, Interrupted
+from dcar.lit.last_checkpoint import LastCheckpoint, step_files
 from dcar.models.checkpoints import file_digest, known_digests
 from tests.stopping import Signal, SignalAtBatch, fit, step_of
 from tests.toys import ToyData, toy_stage, toy_trainer

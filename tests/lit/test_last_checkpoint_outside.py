@@ -15,8 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcar.lit.last_checkpoint import Interrupted, LastCheckpoint, step_files
-from dcar.models.checkpoints import CheckpointError, file_digest, known_digests
+from dcar.errors import CheckpointError, Interrupted
+from dcar.lit.last_checkpoint import LastCheckpoint, step_files
+from dcar.models.checkpoints import file_digest, known_digests
 from experiments.resume import first_logged_step
 from tests.stopping import Signal, SignalAtBatch, fit, step_of
 from tests.toys import ToyData, toy_stage, toy_trainer

@@ -12,6 +12,7 @@ import torch
 
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import write_manifest, write_shards
+from dcar.errors import CheckpointError
 from dcar.lit import lineage as lineage_module
 from dcar.lit.checkpoint_io import save_durably
 from dcar.lit.datamodule import ShardDataModule
@@ -27,7 +28,6 @@ from dcar.lit.lineage import (
     read_origin,
     run_lineage,
 )
-from dcar.models.checkpoints import CheckpointError
 from tests.shards import build, row, stream
 from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
 

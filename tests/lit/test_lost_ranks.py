@@ -3,7 +3,8 @@
 import pytest
 import torch.distributed as dist
 
-from dcar.lit.lost_ranks import LostRankError, NamesLostRanks, is_lost_rank
+from dcar.errors import LostRankError
+from dcar.lit.lost_ranks import NamesLostRanks, is_lost_rank
 
 GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "

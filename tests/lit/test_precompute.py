@@ -11,10 +11,10 @@ from torch import nn
 
 from dcar.data.members import BadSample
 from dcar.data.transforms import ImageTransform
+from dcar.errors import CheckpointError, NonFiniteError
 from dcar.lit.averaging import AverageWeights
-from dcar.lit.guard import NonFiniteError
 from dcar.lit.precompute import ImageDecoder, TokenPredictor, check_tokens, describe_tokens
-from dcar.models.checkpoints import CheckpointError, read_checkpoint
+from dcar.models.checkpoints import read_checkpoint
 from dcar.models.text_encoder import ByteT5TextEncoder
 from dcar.models.tokenizer import HybridTokenizer
 from tests.prediction_toys import picture, row, tokenizer_checkpoint

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import ExponentialLR
 
+from dcar.errors import NonFiniteError
 from dcar.lit.averaging import AverageWeights
-from dcar.lit.guard import NonFiniteError, NonFiniteGuard
+from dcar.lit.guard import NonFiniteGuard
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.schedules import warmup_cosine
 from tests.lit.nonfinite_run import Poison, precise_trainer, toy_module

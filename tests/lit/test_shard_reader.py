@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from dcar.data.cache import ShardCache
-from dcar.data.members import BadSample, DataError, Raw
+from dcar.data.members import BadSample, Raw
 from dcar.data.shards import read_manifest, write_shards
+from dcar.errors import DataError
 from dcar.lit.shard_reader import ShardReader, Source, collate, find_sources
 from tests.prediction_toys import UNEVEN, row, write_pictures
 from tests.servers import FaultyServer

@@ -13,10 +13,9 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from dcar.data.index import read_shard
-from dcar.data.members import DataError
 from dcar.data.shards import ShardEntry, read_facts, read_manifest
 from dcar.data.storage import read_bytes
-from dcar.lit.last_checkpoint import Interrupted
+from dcar.errors import DataError, Interrupted
 from dcar.lit.shard_reader import Source
 from dcar.lit.shard_writer import (
     SAMPLES_BEFORE_JUDGING,

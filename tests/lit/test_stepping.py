@@ -7,7 +7,7 @@ import torch
 from lightning import Trainer
 from torch import nn
 
-from dcar.lit.guard import NonFiniteError
+from dcar.errors import NonFiniteError
 from dcar.lit.stepping import parameter_groups
 from tests.lit.nonfinite_run import Poison, Watch, precise_trainer, toy_module
 from tests.toys import ToyData, toy_stage, toy_trainer, weights

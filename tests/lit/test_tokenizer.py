@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcar.data.members import DataError
+from dcar.errors import DataError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.last_checkpoint import LastCheckpoint
 from tests.toys import ToyData, ToyImages, collate, toy_stage, toy_trainer, weights

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcar.errors import CheckpointError
 from dcar.models.checkpoints import (
-    CheckpointError,
     Model,
     build,
     build_model,

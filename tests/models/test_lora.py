@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dcar.models.checkpoints import CheckpointError, Model, load_model, save_model
+from dcar.errors import CheckpointError
+from dcar.models.checkpoints import Model, load_model, save_model
 from dcar.models.lora import (
     TARGETS,
     Adapter,

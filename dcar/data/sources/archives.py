@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, BinaryIO, NamedTuple, cast
 
-from dcar.data.members import IMAGE_TYPES, MAX_MEMBER_BYTES, DataError
+from dcar.data.members import IMAGE_TYPES, MAX_MEMBER_BYTES
 from dcar.data.storage import local_path, open_read, read_bytes
 from dcar.data.stores import filesystem, is_remote, shown, with_retries
 from dcar.data.tar_header import StrictHeader
+from dcar.errors import DataError
 
 GZIPPED = (".tgz", ".tar.gz")
 _BUFFER = 2**16

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dcar.data.members import DataError
 from dcar.data.storage import name_of, open_read
+from dcar.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 csv.field_size_limit(2**24)  # characters of one caption; the default of 131,072 is an error

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dcar.data.members import MAX_MEMBER_BYTES, DataError
+from dcar.data.members import MAX_MEMBER_BYTES
 from dcar.data.sources.archives import is_image, naming, places, read_picture, read_range
 from dcar.data.sources.imagenet_index import (
     Row,
@@ -26,6 +26,7 @@ from dcar.data.sources.imagenet_parquet import parquet_files, parquet_units, rea
 from dcar.data.sources.ranges import ranges
 from dcar.data.sources.source import Record, Unit
 from dcar.data.storage import exists, join, list_files, name_of, open_read
+from dcar.errors import DataError
 
 LAYOUTS = (
     {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"},

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcar.data.members import DataError
 from dcar.data.sources.archives import GZIPPED, stream_tar
 from dcar.data.storage import exists, join, name_of, parent, read_bytes
+from dcar.errors import DataError
 
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 CANDIDATES = (

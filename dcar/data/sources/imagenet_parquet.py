@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dcar.data.members import MAX_MEMBER_BYTES, DataError
+from dcar.data.members import MAX_MEMBER_BYTES
 from dcar.data.sources.archives import naming
 from dcar.data.sources.ranges import ranges
 from dcar.data.sources.source import Record, Unit
 from dcar.data.storage import name_of, open_read
+from dcar.errors import DataError
 
 _FILE = re.compile(r"(train|validation|val)-.*\.parquet")
 _NAME = re.compile(r"((?:(n\d{8})|ILSVRC2012_val)_\d+)(?:_(n\d{8}))?")

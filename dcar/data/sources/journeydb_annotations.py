@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcar.data.members import DataError
 from dcar.data.sources.archives import stream_lines
 from dcar.data.sources.journeydb_prompts import prompt_hash
 from dcar.data.storage import join, open_read, write_atomically
 from dcar.data.stores import shown
+from dcar.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dcar.data.members import MAX_MEMBER_BYTES, DataError
+from dcar.data.members import MAX_MEMBER_BYTES
 from dcar.data.sources.archives import is_image, naming
 from dcar.data.sources.ranges import ranges
 from dcar.data.sources.source import Record, Unit
 from dcar.data.storage import exists, join, open_read, read_bytes
 from dcar.data.stores import shown
+from dcar.errors import DataError
 
 IMAGES, PROMPTS = "mjhq30k_imgs.zip", "meta_data.json"
 _ENCRYPTED = 0x1

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any
 
-from dcar.data.members import IMAGE_TYPES, DataError, split_name
+from dcar.data.members import IMAGE_TYPES, split_name
 from dcar.data.sources.archives import GZIPPED, Member, stream_tar
 from dcar.data.sources.source import Record, Unit
 from dcar.data.storage import expand, join, list_files, name_of
 from dcar.data.stores import shown
+from dcar.errors import DataError
 
 SHARDS = (".tar", *GZIPPED)
 TYPES = (*IMAGE_TYPES, "txt", "json", "cls")

@@ -9,7 +9,6 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.sources import archives
 from dcar.data.sources.archives import (
     Member,
@@ -23,6 +22,7 @@ from dcar.data.sources.archives import (
     stream_lines,
     stream_tar,
 )
+from dcar.errors import DataError
 from tests.layouts import tar_bytes, write
 
 FILES: list[tuple[str, bytes | None]] = [

@@ -7,8 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dcar.data.members import DataError
 from dcar.data.sources.caption_tables import read_table
+from dcar.errors import DataError
 
 ROWS = [("a/1.jpg", 'words, "quoted"\nand a line'), ("2.png", "é"), ("3.png", None)]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcar.data.images import read_image
 from dcar.data.index import read_shard
 from dcar.data.members import Raw
 from dcar.data.samples import image_bytes, read_caption
@@ -18,7 +19,6 @@ from dcar.data.sources.emoji_art import SETS
 from dcar.data.sources.emoji_concepts import CAPTION_BYTES, Concept
 from dcar.data.sources.emoji_splits import SAME_CONCEPT_RMSE, features
 from dcar.data.storage import expand
-from dcar.data.transforms import read_image
 from dcar.data.verify import verify
 
 ASSETS = Path(__file__).parents[3] / "assets" / "emoji"

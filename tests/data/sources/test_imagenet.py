@@ -9,10 +9,11 @@ import fsspec
 import pytest
 
 from dcar.data.index import read_shard
-from dcar.data.members import MAX_MEMBER_BYTES, DataError
+from dcar.data.members import MAX_MEMBER_BYTES
 from dcar.data.samples import image_bytes
 from dcar.data.sources.imagenet import LICENCE, ImageNet
 from dcar.data.sources.source import Record
+from dcar.errors import DataError
 from tests.layouts import (
     CMYK,
     PNG,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.sources.imagenet_labels import parse_labels, validation_wnids
+from dcar.errors import DataError
 from tests.layouts import (
     ILSVRC_IDS,
     VAL_WNIDS,

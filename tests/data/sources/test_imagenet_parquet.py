@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.sources import imagenet_parquet
 from dcar.data.sources.imagenet_parquet import parquet_files, parquet_units, read_parquet
+from dcar.errors import DataError
 from tests.layouts import imagenet_parquet as imagenet_parquet_layout
 from tests.layouts import imagenet_picture
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from dcar.data.index import read_shard
-from dcar.data.members import DataError
 from dcar.data.samples import read_caption
 from dcar.data.sources.journeydb import JourneyDB
 from dcar.data.sources.journeydb_prompts import normalised
 from dcar.data.sources.source import Record
+from dcar.errors import DataError
 from tests.layouts import (
     TRAIN_PROMPTS,
     VAL_PROMPTS,

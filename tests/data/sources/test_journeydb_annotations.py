@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.sources.journeydb_annotations import (
     Annotation,
     annotation_of,
@@ -14,6 +13,7 @@ from dcar.data.sources.journeydb_annotations import (
     spill,
 )
 from dcar.data.sources.journeydb_prompts import prompt_hash
+from dcar.errors import DataError
 from tests.layouts import journey_line, tar_bytes, write
 
 BOTH = {"Task2": {"Caption": "A fox."}}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.sources import mjhq
 from dcar.data.sources.mjhq import MJHQ
+from dcar.errors import DataError
 from tests.layouts import MJHQ_CATEGORIES, mjhq_id, picture
 from tests.layouts import mjhq as mjhq_layout
 from tests.source_runs import build_shards, records

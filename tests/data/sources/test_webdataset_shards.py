@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dcar.data.members import DataError
 from dcar.data.sources.webdataset_shards import WebDatasetShards, split_of
+from dcar.errors import DataError
 from tests.layouts import (
     TRAIN_NAMES,
     WNIDS,

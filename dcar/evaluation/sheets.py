@@ -1,0 +1,43 @@
+"""Pictures on paper: sheets of them with captions, and PNG files that carry their settings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+
+def save_png(picture: Image.Image, path: str | Path, facts: Mapping[str, object]) -> None:
+    """Write a PNG that carries `facts` as text chunks (prompt, seed, settings)."""
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, str(value))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, pnginfo=info)
+
+
+def captioned_grid(
+    pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int, side: int = 160
+) -> Image.Image:
+    """Pictures of one size in rows, each enlarged to `side` pixels with its caption beneath."""
+    font, band = ImageFont.load_default(size=11), 34
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * side, rows * (side + band)), "white")
+    draw = ImageDraw.Draw(page)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = index % columns * side, index // columns * (side + band)
+        page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+        draw.text((left + 4, top + side + 2), _wrap(caption, font, side - 8), "black", font)
+    return page
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """At most two lines that fit `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines[:2])

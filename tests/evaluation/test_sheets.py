@@ -1,0 +1,22 @@
+"""Sheets of pictures and the PNG files they are written to."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dcar.evaluation.sheets import captioned_grid, save_png
+
+
+def test_a_png_carries_its_prompt_and_seed(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.png"
+    save_png(Image.new("RGB", (2, 2)), path, {"prompt": "ein Äpfel", "seed": 3})
+    with Image.open(path) as picture:
+        assert picture.text == {"prompt": "ein Äpfel", "seed": "3"}
+
+
+def test_a_captioned_grid_places_pictures_in_rows() -> None:
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    grid = captioned_grid(pictures, ["a", "b", "word " * 50], columns=2, side=40)
+    assert grid.size == (80, 2 * 74)
+    assert grid.getpixel((60, 20)) == (0, 255, 0) and grid.getpixel((20, 94)) == (0, 0, 255)
+    assert grid.getpixel((60, 100)) == (255, 255, 255)
