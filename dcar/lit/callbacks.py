@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dcar.evaluation.pictures import reconstruction_columns, tile, to_pil
 from dcar.evaluation.sheets import captioned_grid
+from dcar.lit.stepping import READ_EVERY
 
 
 def writer(trainer: Trainer) -> SummaryWriter | None:
@@ -43,7 +44,9 @@ class StepProgressBar(RichProgressBar):
     since to read a value waits for the GPU.
     """
 
-    def __init__(self, *, shown: Sequence[str] = SHOWN, every_batches: int = 10, **bar: Any):
+    def __init__(
+        self, *, shown: Sequence[str] = SHOWN, every_batches: int = READ_EVERY, **bar: Any
+    ):
         super().__init__(**bar)
         self.shown, self.every_batches = tuple(shown), every_batches
         self.read: dict[str, float] = {}

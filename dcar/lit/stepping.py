@@ -22,6 +22,8 @@ from dcar.lit.rollback import roll_back
 from dcar.lit.schedules import constant
 from dcar.lit.sharding import whole
 
+READ_EVERY = 10  # batches from one look of the progress bar at the logged values to the next
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -133,7 +135,8 @@ class SteppingModule(LightningModule):
             with self._reduced_over_ranks(is_step):
                 self.manual_backward(part.loss / self.accumulate)
             self.window_losses[-1].append(part.loss.detach())
-            self.log_terms("train", part.terms, over_ranks=False)
+            if self.is_read():
+                self.log_terms("train", part.terms, over_ranks=False)
             active.append(part.optimizer)
         if is_step:
             self._step(active)
@@ -181,7 +184,8 @@ class SteppingModule(LightningModule):
         check = check_over_ranks(losses, norms, self._scale_on_device())
         self.scale_before = check.scale
         self.verdict = self.guard.judge(check, step=self.global_step)
-        self._log_step(norms, check.scale)
+        if self.is_read():
+            self._log_step(norms, check.scale)
         if self.verdict == "take":
             for one, norm in zip(self.stepping, own_norms, strict=True):
                 self._clip(one, norm)
@@ -210,6 +214,20 @@ class SteppingModule(LightningModule):
     def log(self, *args: Any, **kwargs: Any) -> None:
         if not self.is_repeating:
             super().log(*args, **kwargs)
+
+    def is_read(self) -> bool:
+        """Whether values of this batch are looked at before those of the next step replace them.
+
+        By the logger, by the progress bar or at the end; others are not logged, which takes longer
+        than a twentieth of a small step.
+        """
+        trainer = self.trainer
+        if trainer.is_last_batch:
+            return True
+        batch = trainer.fit_loop.total_batch_idx
+        turns = ((trainer.log_every_n_steps, batch + 1), (READ_EVERY, batch))
+        is_last = 0 <= trainer.max_steps <= trainer.global_step + 1
+        return is_last or any(every and -now % every < self.accumulate for every, now in turns)
 
     def _unscaled_norm(self, optimizer: Optimizer) -> Tensor:
         """Norm of the optimizer's gradients, from which the loss scale has been taken."""

@@ -116,8 +116,9 @@ class TokenizerModule(BaseModule):
         image = batch["image"]
         latents = self.network.encode(image)
         recon = self.network.decode(self._mix(latents, batch_idx))  # (B, 3, S, S)
-        usage = {"batch_usage": codebook_usage(count_codes(latents.ids, self.network.num_codes))}
-        self.log_terms("codebook", usage, over_ranks=False)
+        if self.is_read():
+            counts = count_codes(latents.ids, self.network.num_codes)
+            self.log_terms("codebook", {"batch_usage": codebook_usage(counts)}, over_ranks=False)
         has_gan = self.discriminator is not None and self.global_step >= self.discriminator_start
         fake_logits = self._judge(recon) if has_gan else None
         terms = self.criterion.module(recon, image, latents, fake_logits)

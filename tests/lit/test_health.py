@@ -69,6 +69,7 @@ def watch(**settings) -> HealthWatch:
 
 def fit(module: LightningModule, steps: int, watch: HealthWatch, data=None, **settings) -> None:
     callbacks = [Throughput(every_steps=1, warmup=0), watch, *settings.pop("callbacks", [])]
+    settings = {"log_every_n_steps": 1} | settings
     toy_trainer(steps, callbacks=callbacks, **settings).fit(module, datamodule=data or ToyData())
 
 

@@ -1,10 +1,15 @@
 """Optimizer steps: counted by batches, clipped, accumulated, judged, all optimizers at once."""
 
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from dcar.errors import NonFiniteError
@@ -170,3 +175,36 @@ def test_a_validation_between_two_batches_of_a_step_takes_nothing_from_it() -> N
     assert interrupted.validated_step > 0
     for name, tensor in left_alone.state_dict().items():
         assert torch.equal(tensor, interrupted.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_values_that_nobody_reads_are_not_logged_and_the_log_is_the_same(
+    accumulate: int, tmp_path: Path
+) -> None:
+    tables, last, calls = [], [], []
+    for reads_all in (True, False):
+        module = toy_stage(2, adversarial=True, accumulate=accumulate)
+        if reads_all:
+            module.is_read = lambda: True
+        logged = Counted(module.log)
+        module.log = logged
+        logger = CSVLogger(tmp_path, name=str(reads_all), flush_logs_every_n_steps=1)
+        trainer = toy_trainer(14, logger=logger, log_every_n_steps=5)
+        trainer.fit(module, datamodule=ToyData(2))
+        tables.append((Path(logger.log_dir) / "metrics.csv").read_text())
+        last.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        calls.append(logged.names["train/loss"])
+    assert tables[0] == tables[1] and last[0] == last[1]
+    assert "opt/gradient_norm" in tables[0] and tables[0].count("\n") > 2
+    assert calls[1] < calls[0]
+
+
+class Counted:
+    """Calls `log` and counts the names."""
+
+    def __init__(self, log: Callable[..., None]):
+        self.log, self.names = log, Counter[str]()
+
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self.names[name] += 1
+        self.log(name, *args, **kwargs)
