@@ -70,7 +70,7 @@ def toy_module(*, accumulate: int = 1, checkpoint_activations: bool = False) -> 
     generator.transformer.checkpoint_activations = checkpoint_activations
     return toy_masked_generator(
         generator=generator,
-        optimizer=partial(torch.optim.AdamW, lr=1e-2, eps=1e-2),  # see ddp_run.py
+        optimizer=partial(torch.optim.AdamW, lr=1e-2, eps=1e-2, fused=True),  # see ddp_run.py
         accumulate=accumulate,
     )
 
