@@ -72,7 +72,8 @@ def test_thirty_steps_in_half_precision_learn_as_fp32_does(kind: str) -> None:
     for precision in DTYPES:
         losses = Losses()
         module = toy_module(kind, **{} if kind == "generator" else {"discriminator": None})
-        precise_trainer(30, precision, callbacks=[losses]).fit(module, datamodule=ToyData())
+        trainer = precise_trainer(30, precision, callbacks=[losses], log_every_n_steps=1)
+        trainer.fit(module, datamodule=ToyData())
         curves[precision] = torch.tensor(losses.values)
         assert module.guard.skipped - module.guard.overflowed == 0
         assert module.guard.overflowed <= 1  # of the first scale
