@@ -18,12 +18,11 @@ def split_name(name: str) -> tuple[str, str] | None:
     As webdataset does: the key ends at the first dot of the last part, types have no case. A
     leading `./`, which some archivers write, is not part of the key.
     """
-    from webdataset.tariterators import base_plus_ext  # imports torch: only where it is needed
-
-    key, kind = base_plus_ext(name.removeprefix("./"))
-    if key is None or kind.lower() not in MEMBER_TYPES:
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    stem, _, kind = last.partition(".")
+    if not stem or kind.lower() not in MEMBER_TYPES:
         return None
-    return key, kind.lower()
+    return f"{folder}{slash}{stem}", kind.lower()
 
 
 def check_key(key: str) -> None:

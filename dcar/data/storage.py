@@ -88,6 +88,15 @@ def _remote_matches(pattern: str) -> list[str]:
     return _files(found, scheme)
 
 
+def _without_braces(url: str) -> list[str]:
+    """Every URL that one with braces, or several joined by `::`, stand for."""
+    if "{" not in url and "::" not in url:
+        return [url]
+    from webdataset.shardlists import expand_urls  # imports torch, which single files do without
+
+    return list(expand_urls(url))
+
+
 def expand(
     urls: str | Path | Iterable[str | Path], *, schemes: Sequence[str] = SCHEMES
 ) -> list[str]:
@@ -97,12 +106,10 @@ def expand(
     Raises ValueError for a scheme that is not one of `schemes` (`pipe:` runs a shell and is only
     taken where it is named), FileNotFoundError naming the pattern that matches nothing.
     """
-    from webdataset.shardlists import expand_urls  # imports torch: only where it is needed
-
     listed = [urls] if isinstance(urls, str | Path) else list(urls)
     files: list[str] = []
     for url in map(str, listed):
-        for pattern in expand_urls(url):
+        for pattern in _without_braces(url):
             check_scheme(pattern, schemes)
             found = _remote_matches(pattern) if is_remote(pattern) else _local_matches(pattern)
             if not found:

@@ -221,7 +221,7 @@ class SteppingModule(LightningModule):
         By the logger, by the progress bar or at the end; others are not logged, which takes longer
         than a twentieth of a small step.
         """
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer.is_last_batch:
             return True
         batch = trainer.fit_loop.total_batch_idx
