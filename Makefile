@@ -21,8 +21,10 @@ install: $(STAMP)  ## make .venv and install the project with pinned versions
 quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
 	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
 
+# tests/experiments has the longest files: first, so that no core is left alone with one at the end
 test: test-fast  ## every test, the slow ones too; at the end README.md's commands, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --ignore=tests/test_readme.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder \
+		--ignore=tests/test_readme.py tests/experiments tests
 	$(BIN)/python -m pytest tests/test_readme.py
 
 test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core

@@ -20,11 +20,10 @@ def quickstart(config: DictConfig, options: RunOptions) -> None:
     """Run what is not done yet; each run goes on from its own last checkpoint."""
     for number, run in enumerate(RUNS, start=1):
         name = f"quickstart/{run}"
-        rank_zero_info(f"[{number}/{len(RUNS)}] {name}: {config.steps[run]} steps")
-        steps = config.steps[run]
-        warmup = min(
-            load_config(name).warmup_steps, steps // 4
-        )  # also where only a few are asked for
+        own = load_config(name)
+        steps = config.steps[run] or own.max_steps
+        rank_zero_info(f"[{number}/{len(RUNS)}] {name}: {steps} steps")
+        warmup = min(own.warmup_steps, steps // 4)  # also where only a few are asked for
         overrides = [f"max_steps={steps}", f"seed={config.seed}", f"warmup_steps={warmup}"]
         settings = load_config(name, [*overrides, f"outputs={config.outputs}"])
         train(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))

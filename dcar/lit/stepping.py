@@ -221,6 +221,8 @@ class SteppingModule(LightningModule):
         By the logger, by the progress bar or at the end; others are not logged, which takes longer
         than a twentieth of a small step.
         """
+        if self.is_repeating:
+            return False
         trainer: Any = self.trainer
         if trainer.is_last_batch:
             return True
