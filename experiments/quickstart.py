@@ -1,6 +1,7 @@
 """The task of `make quickstart`: five trainings in order, then samples, figures and a report."""
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def quickstart(config: DictConfig, options: RunOptions) -> None:
         rank_zero_info(f"[{number}/{len(RUNS)}] {name}: {steps} steps")
         warmup = min(own.warmup_steps, steps // 4)  # also where only a few are asked for
         overrides = [f"max_steps={steps}", f"seed={config.seed}", f"warmup_steps={warmup}"]
-        settings = load_config(name, [*overrides, f"outputs={config.outputs}"])
+        overrides += [f"outputs={config.outputs}", *shlex.split(config.overrides or "")]
+        settings = load_config(name, overrides)
         train(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))
     if options.dry_run:
         return

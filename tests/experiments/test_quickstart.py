@@ -30,6 +30,7 @@ def test_it_has_a_number_of_steps_for_each_run() -> None:
 
 def start(folder: Path, *steps: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.run", "--exp=quickstart", f"outputs={folder}"]
+    command.append("overrides=trainer.limit_val_batches=1")
     return subprocess.Popen(
         [*command, *steps], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
