@@ -106,6 +106,13 @@ def test_captioned_data_are_swapped_by_one_word(choice: str, tmp_path: Path) -> 
     assert tuple(batch["image"].shape) == (2, 3, *shape)
 
 
+def test_scenes_are_mixed_with_the_embedded_drawings() -> None:
+    config = load("smoke/pretrain_256", "data=emoji_scenes", "batch_size=16", "size=32")
+    batch = next(iter(build(config.data).train_dataloader()))
+    assert tuple(batch["image"].shape) == (16, 3, 32, 32)
+    assert 3 <= sum(key.startswith("scene/") for key in batch["key"]) <= 13
+
+
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_a_component_file_opens_with_a_sentence(path) -> None:
     assert (CONFIGS / path).read_text().startswith("# ")
