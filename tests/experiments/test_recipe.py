@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from experiments.config import load_config
-from experiments.quickstart import RUNS
+from experiments.recipe import settings_of
 from tests.toys import ROOT
+
+RUNS = ("stage1", "stage2", "stage3", "generator_32", "generator_64")
 
 
 def test_each_run_starts_from_the_one_before() -> None:
@@ -24,8 +26,16 @@ def test_each_run_starts_from_the_one_before() -> None:
     assert (configs["generator_32"].size, configs["generator_64"].size) == (32, 64)
 
 
-def test_it_has_a_number_of_steps_for_each_run() -> None:
-    assert set(load_config("quickstart").steps) == set(RUNS)
+def test_what_the_recipe_says_goes_before_what_a_training_s_own_file_says() -> None:
+    recipe = load_config("quickstart")
+    assert tuple(recipe.steps) == RUNS
+    own = load_config("quickstart/stage2")
+    assert settings_of(recipe, "stage2").max_steps == own.max_steps
+    more = ["steps.stage2=40", "seed=3", "outputs=there", "overrides=batch_size=2 size=32"]
+    settings = settings_of(load_config("quickstart", more), "stage2")
+    assert (settings.max_steps, settings.warmup_steps, settings.seed) == (40, 10, 3)
+    assert (settings.outputs, settings.batch_size, settings.size) == ("there", 2, 32)
+    assert settings_of(recipe, "stage1").max_steps != 40
 
 
 def start(folder: Path, *steps: str) -> subprocess.Popen:

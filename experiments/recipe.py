@@ -1,0 +1,47 @@
+"""The task of `quickstart` and its like: trainings in order, then samples, figures and a report."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig
+
+from experiments.config import load_config
+from experiments.report import write_report
+from experiments.run import RunOptions
+from experiments.train import train
+
+
+def settings_of(config: DictConfig, run: str) -> DictConfig:
+    """The configuration of one of the trainings, with what the recipe says of all of them."""
+    name = f"{config.recipe}/{run}"
+    own = load_config(name)
+    steps = config.steps[run] or own.max_steps
+    warmup = min(own.warmup_steps, steps // 4)  # also where only a few are asked for
+    overrides = [f"max_steps={steps}", f"seed={config.seed}", f"warmup_steps={warmup}"]
+    overrides += [f"outputs={config.outputs}", *shlex.split(config.overrides or "")]
+    return load_config(name, overrides)
+
+
+def recipe(config: DictConfig, options: RunOptions) -> None:
+    """Run what is not done yet; each run goes on from its own last checkpoint."""
+    runs = list(config.steps)
+    for number, run in enumerate(runs, start=1):
+        settings = settings_of(config, run)
+        rank_zero_info(f"[{number}/{len(runs)}] {settings.exp}: {settings.max_steps} steps")
+        train(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))
+    if options.dry_run:
+        return
+    folder = Path(config.outputs) / config.recipe
+    shutil.copytree(folder / runs[-1] / "model", folder / "model", dirs_exist_ok=True)
+    python = os.path.relpath(sys.executable)
+    report = write_report(folder, runs=runs)
+    rank_zero_info(
+        f"\nreport:       {report}\n"
+        f"curves:       make tensorboard\n"
+        f"your picture: {python} -m experiments.run --exp=sample "
+        f'ckpt={folder} prompt="a red apple, flat style" out=apple.png'
+    )
