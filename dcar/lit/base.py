@@ -38,6 +38,8 @@ class BaseModule(SteppingModule):
     of `SteppingModule`.
     """
 
+    val_names: tuple[str, ...]  # what the metrics of each validation set are logged under
+
     def __init__(self, *, seed: int = 0, compile: bool | str = False, **stepping: Any):
         super().__init__(**stepping)
         self.seed = seed
@@ -60,6 +62,13 @@ class BaseModule(SteppingModule):
             shard_network(self.network, mesh, module_name=type(self).__name__)
 
     def setup(self, stage: str) -> None:
+        """Raises ValueError where the data have more or fewer validation sets than names."""
+        sets = getattr(self.trainer.datamodule, "val_streams", None)  # type: ignore[attr-defined]
+        if sets and len(sets) != len(self.val_names):
+            raise ValueError(
+                f"data.val holds {list(sets)}, and module.val_names {list(self.val_names)}: give "
+                "one name for each set"
+            )
         for module in self.frozen():
             module.to(self.device)
 

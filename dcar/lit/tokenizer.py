@@ -79,6 +79,7 @@ class TokenizerModule(BaseModule):
         self.discriminator_start = discriminator_start
         self.per_image, self.kmeans_vectors = per_image, kmeans_vectors
         self.criterion = Frozen(criterion)
+        self.val_names = tuple(val_names)
         self.metrics = {name: Frozen(metrics()) for name in val_names}
         self.val_counts: dict[str, Tensor] = {}
         self.last_counts: dict[str, Tensor] = {}  # of the last whole validation, all ranks
@@ -155,7 +156,7 @@ class TokenizerModule(BaseModule):
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Both paths, always: the training coin has no part in it."""
-        image, name = batch["image"], list(self.metrics)[dataloader_idx]
+        image, name = batch["image"], self.val_names[dataloader_idx]
         latents = self.network.encode(image)
         discrete = self.network.decode(latents.discrete).float()
         hybrid = self.network.decode(latents.continuous).float()

@@ -49,3 +49,13 @@ def test_draws_depend_on_seed_epoch_and_batch_alone() -> None:
     assert torch.equal(first, module.draws(3, epoch=1).rand(4))
     assert not torch.equal(first, module.draws(4, epoch=1).rand(4))
     assert not torch.equal(first, module.draws(3, epoch=2).rand(4))
+
+
+@pytest.mark.parametrize("make", [lambda: toy_stage(1), toy_masked_generator])
+def test_a_validation_set_without_a_name_is_refused_before_the_first_step(make) -> None:
+    data = ToyData()
+    data.val_streams = {"val": None, "heldout": None}
+    with pytest.raises(
+        ValueError, match="\\['val', 'heldout'\\], and module.val_names \\['val'\\]"
+    ):
+        toy_trainer(1).fit(make(), datamodule=data)
