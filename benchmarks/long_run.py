@@ -36,6 +36,12 @@ from experiments.config import REPOSITORY, load_config
 
 STATE = ("global_step", "state_dict", "network", "optimizer_states", "lr_schedulers", "callbacks")
 OF_TIME = ("Timer", "ModelCheckpoint")  # callbacks whose state names seconds and paths
+# Freed memory goes back to the system: by default glibc keeps a part of it, more or less by chance.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+}
 LOGGED = ("train/", "val/", "codebook/", "opt/")  # values of the last step, not of the clock
 
 
@@ -96,7 +102,7 @@ class Process:
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | ENVIRONMENT,
             )
         self.process = psutil.Process(self.popen.pid)
 

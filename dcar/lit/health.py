@@ -125,10 +125,12 @@ class HealthWatch(Callback):
         memories = {
             rule.name: {name: getattr(rule, name) for name in rule.memory} for rule in self.rules
         }
-        return {"ill": sorted(self.ill), "memories": memories}
+        turns = {name: count for name, count in self.turns.items() if count}
+        return {"ill": sorted(self.ill), "turns": turns, "memories": memories}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ill = set(state_dict["ill"])
+        self.turns = Counter(state_dict.get("turns", {}))  # older checkpoints have none
         for rule in self.rules:
             for name, value in state_dict["memories"].get(rule.name, {}).items():
                 setattr(rule, name, value)

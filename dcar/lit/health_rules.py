@@ -118,6 +118,7 @@ class DiscriminatorWins(Rule):
     """A discriminator that tells every image apart; ill below `floor` of its hinge loss."""
 
     name = "discriminator"
+    memory = ("recent",)
 
     def __init__(self, *, floor: float):
         self.floor = floor
@@ -166,6 +167,7 @@ class SkippedSteps(Rule):
     """
 
     name = "skipped_steps"
+    memory = ("before",)
 
     def __init__(self, *, share: float):
         self.share = share

@@ -5,8 +5,10 @@ import inspect
 import logging
 import re
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -249,6 +251,30 @@ def test_what_was_told_is_not_told_again_after_a_resumption(told: Told, tmp_path
         trainer = toy_trainer(steps, callbacks=[watch(), last])
         trainer.fit(module, datamodule=ToyData(), ckpt_path=path, weights_only=True)
     assert [step for step, _ in told.ill] == [1]
+
+
+def test_a_run_that_is_stopped_at_every_step_is_told_the_same(told: Told, tmp_path: Path) -> None:
+    """Rules that wait for several looks in a row, and look back at several, are not set back."""
+
+    def run(folder: Path, stops: Sequence[int]) -> tuple[list[tuple[int, str]], dict[str, Any]]:
+        told.caplog.clear()
+        for steps in stops:
+            module = toy_stage(2, adversarial=True, revival_decay=0.99)
+            mine = watch(discriminator_floor=100.0)
+            callbacks = [mine, LastCheckpoint(folder=folder, every_steps=1)]
+            trainer = toy_trainer(steps, callbacks=callbacks, log_every_n_steps=1)
+            path = folder / "last.ckpt"
+            path = path if path.exists() else None
+            trainer.fit(module, datamodule=ToyData(), ckpt_path=path, weights_only=True)
+            fresh = {rule.name: vars(rule) for rule in watch(discriminator_floor=100.0).rules}
+            for rule in mine.rules:
+                moved = {key for key, value in vars(rule).items() if value != fresh[rule.name][key]}
+                assert moved <= set(rule.memory), rule.name
+        return told.ill, mine.state_dict()
+
+    whole = run(tmp_path / "whole", [10])
+    assert whole == run(tmp_path / "stopped", range(1, 11))
+    assert [step for step, _ in whole[0]] == [7]  # five losses to look at, three looks in a row
 
 
 def test_a_codebook_falls_from_what_it_was_before_a_resumption(tmp_path: Path) -> None:
