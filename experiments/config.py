@@ -1,6 +1,7 @@
 """Composes an experiment's configuration with Hydra, and says in one line what is wrong with it."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -12,12 +13,16 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).parent / "configs"
 EXPERIMENTS = CONFIGS / "experiment"
 REPOSITORY = Path(__file__).parents[1]
+
+
+OF_SEVERAL_KINDS = ("compile", "trainer.devices")  # whose users check them
 
 
 class ConfigError(ValueError):
@@ -79,8 +84,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     if name not in experiment_names():
         known = experiment_names()
         raise ConfigError(f"no experiment {name!r}{nearest(name, known)} (--list shows them)")
-    overrides = [as_text(override) for override in overrides]
     base = _compose(name, [])
+    overrides = [_added(as_text(override), base) for override in overrides]
     try:
         config = _compose(name, overrides)
     except ConfigError as error:
@@ -91,6 +96,26 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_missing(error)) from error
     return config
+
+
+def _added(override: str, base: DictConfig) -> str:
+    """With Hydra's `++` where no file has the key, but the class that is built takes it."""
+    key = override.partition("=")[0]
+    parent, _, leaf = key.rpartition(".")
+    return f"++{override}" if leaf in _arguments(base, parent) else override
+
+
+def _arguments(base: DictConfig, parent: str) -> list[str]:
+    """What the class of a node takes that the node does not give."""
+    try:
+        node = OmegaConf.select(base, parent) if parent else None
+    except (OmegaConfBaseException, HydraException):
+        return []
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return []
+    return [
+        name for name in inspect.signature(get_object(node._target_)).parameters if name not in node
+    ]
 
 
 def as_text(override: str) -> str:
@@ -125,7 +150,9 @@ def _composed(folder: Path, name: str, overrides: tuple[str, ...]) -> DictConfig
 def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
     """Name the key of a failed override and the nearest that exists."""
     if found := re.search(r"Could not override '([^']+)'", message):
-        return f"unknown key {found[1]!r}{nearest(found[1], list(flat_keys(base)))}"
+        parent = found[1].rpartition(".")[0]
+        known = [*flat_keys(base), *(f"{parent}.{name}" for name in _arguments(base, parent))]
+        return f"unknown key {found[1]!r}{nearest(found[1], known)}"
     if found := re.search(r"Could not find '([^']+)/([^/']+)'", message):
         options = sorted(p.stem for p in (CONFIGS / found[1]).glob("*.yaml"))
         return f"{found[1]} has no choice {found[2]!r}{nearest(found[2], options)} (has {options})"
@@ -160,7 +187,7 @@ def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str])
             new = OmegaConf.select(config, key)
         except OmegaConfBaseException:
             continue
-        if old in (None, "auto") or new is None or "/" in key:
+        if old in (None, "auto") or new is None or "/" in key or key in OF_SEVERAL_KINDS:
             continue
         expected = _kind(old)
         if expected != _kind(new) and not (expected == "number" and _kind(new) == "integer"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from dcar.errors import CheckpointError
 from dcar.lit.fine_tuning import adapter_of
@@ -26,12 +27,21 @@ from experiments.sample import find_model
 from experiments.train import train
 
 
-def find_base(reference: str, outputs: str) -> Model:
+def find_base(reference: str, outputs: str, checkpoint_activations: bool = False) -> Model:
     """A model folder, a run's folder, a generator's checkpoint, or an experiment's name."""
     named = Path(outputs) / reference
     if not (named / "model").is_dir() and (named / "checkpoints" / "last.ckpt").is_file():
         reference = str(find_checkpoint(reference, outputs))
-    return find_model(reference, outputs)
+    model = find_model(reference, outputs)
+    switch_checkpointing(model.generator, checkpoint_activations)
+    return model
+
+
+def switch_checkpointing(network: nn.Module, checkpoint_activations: bool) -> None:
+    """Of the run, not of the base: it saves memory where the fine-tuning takes place."""
+    for module in network.modules():
+        if hasattr(module, "checkpoint_activations"):
+            setattr(module, "checkpoint_activations", checkpoint_activations)  # noqa: B010 (mypy)
 
 
 def tokenizer_checkpoint(reference: str, outputs: str) -> Path | None:
@@ -41,10 +51,14 @@ def tokenizer_checkpoint(reference: str, outputs: str) -> Path | None:
     return path if is_tokenizer else None
 
 
-def find_tokenizer(reference: str, outputs: str) -> HybridTokenizer:
+def find_tokenizer(
+    reference: str, outputs: str, checkpoint_activations: bool = False
+) -> HybridTokenizer:
     """Of a stage 2 or 3 checkpoint, or of anything that `find_base` takes."""
     path = tokenizer_checkpoint(reference, outputs)
-    return load_tokenizer(path)[0] if path else find_base(reference, outputs).tokenizer
+    tokenizer = load_tokenizer(path)[0] if path else find_base(reference, outputs).tokenizer
+    switch_checkpointing(tokenizer, checkpoint_activations)
+    return tokenizer
 
 
 def take_from(config: DictConfig, source: dict[str, Any], keys: tuple[str, ...]) -> None:

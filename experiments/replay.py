@@ -233,7 +233,7 @@ def conclusion(record: dict[str, Any], repeated: Repetition, reference: Repetiti
     if not_finite(record["largest"]["weights"]):
         return (
             "reproduced, also in fp32: the weights were not finite before the step; go on from an "
-            "older checkpoint, or with module.guard.policy=rollback"
+            "older checkpoint, or with guard.policy=rollback"
         )
     return "reproduced, also in fp32: this is no matter of precision"
 

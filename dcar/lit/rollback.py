@@ -39,7 +39,7 @@ def roll_back(trainer: Trainer, module: Any) -> None:
     if trouble:
         raise NonFiniteError(
             f"step {trainer.global_step} is not finite and cannot be rolled back: {trouble}; set "
-            "module.guard.policy=skip or a smaller save_every"
+            "guard.policy=skip or a smaller save_every"
         )
     trainer.strategy.load_model_state_dict(checkpoint, strict=True)
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -252,7 +252,7 @@ class SteppingModule(LightningModule):
         if records := write_flight_records(self, sentence, check):
             sentence += f"; the record of it is {' and '.join(map(str, records))}"
         if self.verdict == "raise":
-            raise NonFiniteError(f"{sentence} (module.guard.policy says what is done)")
+            raise NonFiniteError(f"{sentence} (guard.policy says what is done)")
         rank_zero_info(f"{sentence}; {self.verdict}: the step is not taken")
 
     def _log_step(self, norms: Tensor, scale: float | None) -> None:

@@ -1,6 +1,7 @@
 """Composing experiments: every file composes and builds; what is wrong is named in one line."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from experiments.config import (
     CONFIGS,
@@ -61,6 +62,38 @@ def test_shards_of_one_s_own_must_be_named() -> None:
 def test_devices_are_a_number_a_list_or_auto(devices: str) -> None:
     config = load_config("generator/pretrain_256", [f"trainer.devices={devices}"])
     assert str(config.trainer.devices).replace(" ", "") == devices
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.train.max_bad=0.1", 0.1),
+        ("shard_cache.schemes=[file,pipe]", ["file", "pipe"]),
+        ("guard.records=5", 5),
+        ("callbacks.health.wait_share=0.8", 0.8),
+        ("compile=aot_eager", "aot_eager"),
+    ],
+)
+def test_what_a_class_takes_may_be_given_though_no_file_has_it(override: str, value) -> None:
+    key = override.split("=")[0]
+    assert OmegaConf.select(load_config("smoke/stage1", [override]), key) == value
+
+
+def test_such_a_key_may_come_with_another_choice_of_its_group() -> None:
+    more = ["data=shards", "train_urls=a", "val_urls=b", "data.train.transform.crop=center"]
+    assert load_config("quickstart/stage1", more).data.train.transform.crop == "center"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("callbacks.health.wait_shaer=1", "did you mean 'callbacks.health.wait_share'"),
+        ("guard.polcy=skip", "did you mean 'guard.policy'"),
+    ],
+)
+def test_a_key_that_no_class_takes_gets_the_nearest_one_it_does(override, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("smoke/stage1", [override])
 
 
 def test_an_unknown_experiment_gets_the_nearest_name() -> None:

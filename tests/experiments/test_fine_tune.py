@@ -247,6 +247,21 @@ def test_a_stage_1_checkpoint_has_no_tokens_to_keep(tmp_path: Path) -> None:
         find_tokenizer(str(ckpt), str(tmp_path))
 
 
+@pytest.mark.parametrize("task", ["lora", "decoder"])
+def test_switches_of_memory_and_speed_are_the_run_s_own(task: str, base: Path) -> None:
+    """The base was saved without them."""
+    switches = ["checkpoint_activations=true", "compile=aot_eager"]
+    given = [f"init_from={base}", "train_urls=x", "val_urls=x", f"size={SIZE}"]
+    module = build(load_config(f"finetune/{task}", [*given, *switches]).module)
+    network = module.generator if task == "lora" else module.network
+    switched = [part.checkpoint_activations for part in network.modules() if has_switch(part)]
+    assert switched and all(switched) and module.backend == "aot_eager"
+
+
+def has_switch(module: torch.nn.Module) -> bool:
+    return hasattr(module, "checkpoint_activations")
+
+
 def test_a_base_is_found_by_folder_run_and_experiment(base: Path, tmp_path: Path) -> None:
     expected = fingerprint(load_model(base).generator)
     save_model(toy_model(), tmp_path / "a/b/model")
