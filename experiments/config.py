@@ -111,11 +111,11 @@ def _arguments(base: DictConfig, parent: str) -> list[str]:
         node = OmegaConf.select(base, parent) if parent else None
     except (OmegaConfBaseException, HydraException):
         return []
-    if not isinstance(node, DictConfig) or "_target_" not in node:
+    if not isinstance(node, DictConfig):
         return []
-    return [
-        name for name in inspect.signature(get_object(node._target_)).parameters if name not in node
-    ]
+    target = "lightning.Trainer" if parent == "trainer" else node.get("_target_")
+    taken = inspect.signature(get_object(target)).parameters if target else ()
+    return [name for name in taken if name not in node]
 
 
 def as_text(override: str) -> str:

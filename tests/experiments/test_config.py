@@ -72,6 +72,7 @@ def test_devices_are_a_number_a_list_or_auto(devices: str) -> None:
         ("guard.records=5", 5),
         ("callbacks.health.wait_share=0.8", 0.8),
         ("compile=aot_eager", "aot_eager"),
+        ("trainer.limit_val_batches=2", 2),
     ],
 )
 def test_what_a_class_takes_may_be_given_though_no_file_has_it(override: str, value) -> None:
