@@ -1,4 +1,4 @@
-"""The report at the end of the quickstart: figures, pictures and curves of its runs on one page."""
+"""The report at the end of a recipe: figures, pictures and curves of its runs on one page."""
 
 import importlib.metadata
 import json
@@ -76,7 +76,7 @@ def write_report(folder: Path, *, runs: Sequence[str]) -> Path:
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     content = sections(figures, pictures, panels)
     path = folder / "report.html"
-    path.write_text(page("DC-AR quickstart report", *content), encoding="utf-8")
+    path.write_text(page(f"DC-AR {folder.name} report", *content), encoding="utf-8")
     return path
 
 

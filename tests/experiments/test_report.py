@@ -172,6 +172,10 @@ def test_the_pictures_lie_beside_the_page(folder: Path) -> None:
             assert picture.width > 100 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+def test_the_page_is_called_by_its_recipe(folder: Path, tags: Tags) -> None:
+    assert f"DC-AR {folder.name} report" in tags.text
+
+
 def test_a_run_that_is_not_finished_is_named(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match="'stage4' is not finished"):
         write_report(folder, runs=(*STAGES, "stage4", *GENERATORS))
