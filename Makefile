@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUTPUTS ?= outputs
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-fast lint tensorboard embedded-data clean
+.PHONY: help install quickstart sample train-mini test test-fast lint tensorboard embedded-data clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,6 +20,14 @@ install: $(STAMP)  ## make .venv and install the project with pinned versions
 
 quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
 	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
+
+export PROMPT ?= a blue whale, 3d style
+
+sample: $(STAMP)  ## a picture of PROMPT by the shipped model: make sample PROMPT="a blue whale, 3d style"
+	@$(BIN)/python -m experiments.run --exp=sample "prompt=$$PROMPT" out=$(OUTPUTS)/sample.png
+
+train-mini: $(STAMP)  ## train the shipped model anew, from nothing; goes on where it was stopped
+	$(BIN)/python -m experiments.run --exp=mini outputs=$(OUTPUTS) $(SETTINGS)
 
 # tests/experiments has the longest files: first, so that no core is left alone with one at the end
 test: test-fast  ## every test, the slow ones too; at the end README.md's commands, on all cores

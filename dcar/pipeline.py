@@ -1,4 +1,4 @@
-"""Prompt to picture: `DCARPipeline.from_pretrained(folder)("a red apple, flat style")`."""
+"""Prompt to picture: `DCARPipeline.from_pretrained("mini")("a red apple, flat style")`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -35,12 +35,15 @@ class DCARPipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "DCARPipeline":
-        """Load a model folder; options as for the constructor. Raises CheckpointError."""
+        """Load a model folder, or the shipped model "mini"; options as for the constructor.
+
+        Raises CheckpointError.
+        """
         return cls(load_model(folder), **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and one safetensors file a part."""
-        save_model(self.model, folder)
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and one safetensors file a part; its weights in `dtype`, if given."""
+        save_model(self.model, folder, dtype=dtype)
 
     @torch.no_grad()
     def __call__(

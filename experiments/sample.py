@@ -9,7 +9,15 @@ from PIL.Image import Image
 
 from dcar.errors import CheckpointError
 from dcar.evaluation.sheets import captioned_grid, save_png
-from dcar.models.checkpoints import Model, build_model, load_model, load_strictly, read_checkpoint
+from dcar.models.checkpoints import (
+    Model,
+    build_model,
+    load_model,
+    load_strictly,
+    model_folder,
+    read_checkpoint,
+    shipped_models,
+)
 from dcar.pipeline import DCARPipeline
 from experiments.config import ConfigError
 from experiments.run import RunOptions
@@ -28,18 +36,27 @@ def read_prompts(prompt: object) -> list[str]:
     return [prompt]
 
 
-def find_model(reference: str, outputs: str) -> Model:
-    """A model folder, a run's folder, an experiment's name, or a Lightning checkpoint."""
+def find_folder(reference: str, outputs: str) -> Path:
+    """A model folder, a run's folder, an experiment's name, or the name of a shipped model."""
     path = Path(reference)
     folders = (path, path / "model", Path(outputs) / reference / "model")
     for folder in folders:
         if (folder / "config.json").is_file():
-            return load_model(folder)
-    if path.is_file():
-        return model_of_checkpoint(path)
+            return folder
+    if reference in shipped_models():
+        return model_folder(reference)
     raise CheckpointError(
-        f"ckpt={reference} is no checkpoint, and no config.json lies in "
+        f"ckpt={reference} is no checkpoint, no model that comes with the package "
+        f"({', '.join(shipped_models())}), and no config.json lies in "
         + " or ".join(str(folder) for folder in folders)
+    )
+
+
+def find_model(reference: str, outputs: str) -> Model:
+    """What `find_folder` takes, or a Lightning checkpoint."""
+    path = Path(reference)
+    return (
+        model_of_checkpoint(path) if path.is_file() else load_model(find_folder(reference, outputs))
     )
 
 

@@ -33,10 +33,12 @@ class TokenCache:
     def __init__(self) -> None:
         self.entries: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def get(self, keys: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """The batch's ids and residuals, or None unless every key is known."""
-        if not all(key in self.entries for key in keys):
-            return None
+    def missing(self, keys: Sequence[str]) -> list[int]:
+        """Rows of a batch whose keys are not known yet."""
+        return [row for row, key in enumerate(keys) if key not in self.entries]
+
+    def get(self, keys: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The batch's ids and residuals; every key is known."""
         ids, residual = zip(*(self.entries[key] for key in keys), strict=True)
         return torch.stack(ids).to(device), torch.stack(residual).to(device).float()
 
@@ -203,14 +205,17 @@ class MaskedARGenerator(BaseModule):
         return self.text_encoder(batch["caption"])
 
     def _tokenize(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        image = batch["image"]
-        if self.cache and (known := self.cache.get(batch["key"], image.device)):
-            return known
-        with torch.no_grad(), self._autocast():
+        image, keys = batch["image"], batch["key"]
+        if self.cache is None:
+            return self._encode(image)
+        if rows := self.cache.missing(keys):
+            self.cache.put([keys[row] for row in rows], *self._encode(image[rows]))
+        return self.cache.get(keys, image.device)
+
+    @torch.no_grad()
+    def _encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
             latents = self.tokenizer.encode(image)
-        if self.cache:
-            self.cache.put(batch["key"], latents.ids, latents.residual)
-            return self.cache.get(batch["key"], image.device)  # type: ignore[return-value]
         return latents.ids, latents.residual.float()
 
     def _autocast(self) -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ from dcar.errors import CheckpointError
 from dcar.models.generator import HybridGenerator
 from dcar.models.sampler import SamplerSettings
 from dcar.models.tokenizer import HybridTokenizer
+from dcar.models.weights_io import SHIPPED
 
 COMPONENTS = (
     "dcar.models.autoencoder.Encoder",
@@ -189,27 +190,58 @@ def is_saved(text_encoder: nn.Module) -> bool:
     return bool(text_encoder.trainable)
 
 
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A floating-point tensor in `dtype`, others as they are. Raises ValueError on overflow."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor.contiguous()
+    narrow = tensor.to(dtype).contiguous()
+    if not bool(narrow.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} has values beyond {dtype}: {tensor.abs().max():.3g}")
+    return narrow
+
+
 def save_model(
-    model: Model, folder: str | Path, *, lineage: Mapping[str, Any] | None = None
+    model: Model,
+    folder: str | Path,
+    *,
+    lineage: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write config.json and one safetensors file a part; the pre-trained text encoder by name.
 
     lineage: where the weights come from, kept in config.json; loading leaves it there.
+    dtype: of the weights in the files, which loading widens again; None keeps each as it is.
+    Raises ValueError naming a weight that `dtype` cannot hold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         module = getattr(model, part)
         if part != "text_encoder" or is_saved(module):
-            state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+            weights = module.state_dict().items()
+            state = {name: narrowed(f"{part}.{name}", value, dtype) for name, value in weights}
             save_file(state, folder / f"{part}.safetensors")
     config = model.config | ({"lineage": dict(lineage)} if lineage else {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+
+
+def model_folder(reference: str | Path) -> Path:
+    """The folder of that path, or of a shipped model's name where there is no such path."""
+    folder = Path(reference)
+    return SHIPPED / folder if not folder.exists() and str(folder) in shipped_models() else folder
+
+
 def load_model(folder: str | Path) -> Model:
-    """Read what `save_model` wrote, in eval mode. Raises CheckpointError saying what is wrong."""
-    folder = Path(folder)
+    """Read what `save_model` wrote, in eval mode; or a shipped model, by its name.
+
+    Raises CheckpointError saying what is wrong.
+    """
+    folder = model_folder(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

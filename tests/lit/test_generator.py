@@ -73,6 +73,20 @@ def test_cached_tokens_are_those_of_the_tokenizer() -> None:
     assert torch.equal(first["residual"], second["residual"])
 
 
+def test_of_a_batch_only_images_not_seen_yet_are_tokenised() -> None:
+    module = toy_masked_generator(cache_tokens=True)
+    module._trainer = toy_trainer(1)
+    images = [ToyImages(4)[index] for index in range(4)]
+    module.on_after_batch_transfer(dict(collate(images[:2])), 0)
+    encoder, seen = module.tokenizer.module.encoder, []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    mixed = module.on_after_batch_transfer(dict(collate(images[::-1])), 0)
+    assert seen == [2]  # rows 0 and 1 of this batch are images 3 and 2
+    alone = module.tokenizer.encode(collate(images[::-1])["image"])
+    assert torch.equal(mixed["ids"], alone.ids)
+    torch.testing.assert_close(mixed["residual"], alone.residual.half().float(), rtol=0, atol=1e-3)
+
+
 def test_shards_that_hold_tokens_are_not_tokenised_again() -> None:
     module = toy_masked_generator()
     batch = {"ids": torch.zeros(1, 4, 4), "residual": torch.zeros(1, 4, 4, 4)}

@@ -53,6 +53,28 @@ def test_a_loaded_model_is_frozen_and_in_evaluation_mode(tmp_path: Path) -> None
     assert not any(m.training for m in loaded.tokenizer.modules())
 
 
+def test_half_precision_halves_the_files_and_comes_back_wide(tmp_path: Path) -> None:
+    model = toy_model()
+    save_model(model, tmp_path / "whole")
+    save_model(model, tmp_path / "half", dtype=torch.float16)
+    files = [tmp_path / name / "generator.safetensors" for name in ("whole", "half")]
+    sizes = [file.stat().st_size for file in files]
+    assert 0.45 < sizes[1] / sizes[0] < 0.75  # of a toy the names are a good part
+    loaded = load_model(tmp_path / "half").generator.state_dict()
+    for name, tensor in model.generator.state_dict().items():
+        assert loaded[name].dtype == tensor.dtype
+        wanted = tensor.half().to(tensor.dtype) if tensor.is_floating_point() else tensor
+        torch.testing.assert_close(loaded[name], wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_weight_that_half_precision_cannot_hold_is_named(tmp_path: Path) -> None:
+    model = toy_model()
+    with torch.no_grad():
+        model.generator.transformer.output.bias[0] = 1e5
+    with pytest.raises(ValueError, match=r"generator\.transformer\.output\.bias .*float16: 1e"):
+        save_model(model, tmp_path, dtype=torch.float16)
+
+
 def test_a_config_that_names_another_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"os\.system"):
         build({"a": [{"_target_": "os.system", "command": f"touch {tmp_path}/x"}]})

@@ -1,0 +1,283 @@
+"""The task of `--exp=eval/compositional`: prompts drawn, judged, and told as figures and a page."""
+
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig
+from PIL import Image
+
+from dcar.data.images import read_image
+from dcar.data.samples import image_bytes, read_caption
+from dcar.data.shard_set import ShardSet
+from dcar.evaluation import report_page as html
+from dcar.evaluation.compositional import (
+    PAIRS,
+    SCENES,
+    Asked,
+    Examiner,
+    Finding,
+    as_pixels,
+    has_all,
+    overall,
+    scenes_of,
+    scores,
+)
+from dcar.evaluation.fid import FrechetDistances
+from dcar.evaluation.pictures import to_pil
+from dcar.evaluation.report_page import Html
+from dcar.evaluation.retrieval import Retrieval
+from dcar.evaluation.sheets import captioned_grid, save_png
+from dcar.models.features import fid_features
+from dcar.models.judge import load_judge
+from dcar.models.sampler import SamplerSettings, Tokens
+from dcar.pipeline import DCARPipeline, chunks
+from experiments.components import build
+from experiments.run import RunOptions
+from experiments.sample import find_model
+
+SOURCES = {
+    "real": "true pictures of the same prompts: how far the judge itself can be trusted",
+    "retrieval": "the training picture whose caption has most words in common with the prompt",
+    "discrete": "the model's codes alone",
+    "hybrid": "the model: codes and residual",
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of prompts, from the same tokens with and without the residual."""
+
+    hybrid: list[Image.Image]
+    discrete: list[Image.Image]
+    seconds: float
+
+
+def resized(data: bytes, side: int) -> Image.Image:
+    return read_image(data).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def places_of(folder: ShardSet) -> Iterator[tuple[int, int]]:
+    """(shard, position) of every sample."""
+    return ((shard, row) for shard, rows in enumerate(folder.counts) for row in range(rows))
+
+
+def drawings(folder: ShardSet, group: str, count: int, side: int, seed: int) -> list[Asked]:
+    """Single drawings of shards with keys `style/slug`, drawn at random and in a fixed order."""
+    places = list(places_of(folder))
+    chosen = random.Random(seed).sample(places, min(count, len(places)))
+    asked = []
+    for place in sorted(chosen):
+        raw = folder.read(*place)
+        style, _, slug = str(raw["__key__"]).partition("/")
+        picture = resized(image_bytes(raw), side)
+        asked.append(Asked(group, read_caption(raw, required=True), (slug,), style, picture))
+    return asked
+
+
+def read_asked(config: DictConfig, side: int) -> list[Asked]:
+    """All prompts: known captions, held-out pairs, and scenes of the six groups."""
+    data = build(config.data)
+    asked = [
+        one
+        for group, folder, count in (
+            ("known", data["train"], config.known),
+            ("heldout", data["heldout"], config.heldout),
+        )
+        for one in drawings(folder, group, count, side, config.seed)
+    ]
+    if config.scenes:
+        asked += scenes_of(data["scenes"](side=side), config.scenes)
+    return asked
+
+
+def retrieved(config: DictConfig, asked: Sequence[Asked], side: int) -> list[Image.Image]:
+    """Of each prompt, the training picture with the nearest caption."""
+    train: ShardSet = build(config.data.train)
+    places = list(places_of(train))
+    captions = [read_caption(train.read(*place), required=True) for place in places]
+    nearest = Retrieval(captions).nearest([one.caption for one in asked])
+    return [resized(image_bytes(train.read(*places[row])), side) for row in nearest]
+
+
+def draw(
+    pipeline: DCARPipeline,
+    asked: Sequence[Asked],
+    settings: SamplerSettings,
+    *,
+    seed: int,
+    batch_size: int,
+) -> Drawn:
+    """A picture a prompt; prompt n has seed `seed` + n, whatever is in its batch."""
+    side = pipeline.model.size // pipeline.model.tokenizer.downsample
+    hybrid, discrete, start = [], [], time.perf_counter()
+    for part in chunks(len(asked), batch_size):
+        prompts = [one.caption for one in asked[part]]
+        seeds = [seed + number for number in range(len(asked))[part]]
+        tokens = pipeline.tokens(prompts, seeds=seeds, grid=(side, side), settings=settings)
+        hybrid += list(map(to_pil, pipeline.decode(tokens)))
+        discrete += list(map(to_pil, pipeline.decode(Tokens(tokens.ids, None))))
+    return Drawn(hybrid, discrete, time.perf_counter() - start)
+
+
+def distances(asked: Sequence[Asked], drawn: Drawn) -> dict[str, float]:
+    """Frechet distances to the true pictures of the single drawings, by source, on MobileNetV2."""
+    rows = [row for row, one in enumerate(asked) if one.group in PAIRS]
+    metric = FrechetDistances(fid_features("mobilenetv2"), ["hybrid", "discrete"])
+    for part in chunks(len(rows), 64):
+        metric.update_real(as_pixels([asked[row].real for row in rows[part]]))
+        for source in metric.metrics:
+            metric.update_fake(source, as_pixels([getattr(drawn, source)[r] for r in rows[part]]))
+    return {source: float(value) for source, value in metric.compute().items()}
+
+
+def open_pipeline(config: DictConfig) -> DCARPipeline:
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = find_model(config.ckpt, config.outputs)
+    return DCARPipeline(model, device=device, precision=config.precision)
+
+
+def settings_of(config: DictConfig, pipeline: DCARPipeline) -> SamplerSettings:
+    """The model's own, but for what is asked for."""
+    given = {key: config[key] for key in ("steps", "guidance") if config[key] is not None}
+    return replace(pipeline.model.sampler, **given)
+
+
+def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
+    """Draw and judge all prompts; write results.json, index.html and a sheet; return the results.
+
+    Raises CheckpointError and FileNotFoundError for a model or judge that cannot be read.
+    """
+    pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
+    settings, side = settings_of(config, pipeline), pipeline.model.size
+    asked = read_asked(config, side)
+    if options.dry_run:
+        asked = asked[:: max(1, len(asked) // 4)]
+    rank_zero_info(f"{len(asked)} prompts, {settings.steps} steps, guidance {settings.guidance}")
+    drawn = draw(pipeline, asked, settings, seed=config.seed, batch_size=config.batch_size)
+    pictures = {
+        "real": [one.real for one in asked],
+        "retrieval": retrieved(config, asked, side),
+        "discrete": drawn.discrete,
+        "hybrid": drawn.hybrid,
+    }
+    findings = {source: examiner.findings(asked, seen) for source, seen in pictures.items()}
+    if options.dry_run:
+        return {}
+    scored = {source: scores(asked, found) for source, found in findings.items()}
+    results = {
+        "checkpoint": config.ckpt,
+        "images": len(asked),
+        "seed": config.seed,
+        "settings": asdict(settings),
+        "scores": scored,
+        "overall": {source: overall(groups) for source, groups in scored.items()}
+        if config.scenes
+        else None,
+        "fid_mobilenetv2": distances(asked, drawn) | {"images": pairs_in(asked)},
+        "seconds_per_image": drawn.seconds / len(asked),
+        "device": str(pipeline.device),
+        "judge": examiner.judge.figures,
+    }
+    write(Path(config.out), results, asked, pictures, findings["hybrid"], config.pictures)
+    return results
+
+
+def pairs_in(asked: Sequence[Asked]) -> int:
+    return sum(one.group in PAIRS for one in asked)
+
+
+def write(
+    folder: Path,
+    results: Mapping[str, Any],
+    asked: Sequence[Asked],
+    pictures: Mapping[str, Sequence[Image.Image]],
+    findings: Sequence[Finding],
+    shown: int,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    content = [summary(results), *galleries(asked, pictures, findings, shown)]
+    (folder / "index.html").write_text(html.page("What the pictures show", *content), "utf-8")
+    rows = [row for group in (*PAIRS, *SCENES) for row in rows_of(asked, group)[:8]]
+    sheet = captioned_grid(
+        [pictures["hybrid"][row] for row in rows], [asked[row].caption for row in rows], columns=8
+    )
+    facts = {"checkpoint": results["checkpoint"], "seed": results["seed"]} | results["settings"]
+    save_png(sheet, folder / "sheet.png", facts)
+    for source, groups in results["scores"].items():
+        figures = ", ".join(f"{name}: {told(shares)}" for name, shares in groups.items())
+        rank_zero_info(f"{source}: {figures}")
+    rank_zero_info(f"{folder / 'index.html'}")
+
+
+def rows_of(asked: Sequence[Asked], group: str) -> list[int]:
+    return [row for row, one in enumerate(asked) if one.group == group]
+
+
+def told(shares: Mapping[str, float]) -> str:
+    """`concept_top1 81.0 %` and so on; numbers of images stay out."""
+    return ", ".join(f"{name} {value:.1%}" for name, value in shares.items() if name != "images")
+
+
+def summary(results: Mapping[str, Any]) -> Html:
+    """The scores of every source, side by side."""
+    scored, settings = results["scores"], results["settings"]
+    rows = [
+        [f"{group}: {name}", scored["real"][group]["images"]]
+        + [f"{scored[source][group][name]:.1%}" for source in SOURCES]
+        for group, shares in scored["real"].items()
+        for name in shares
+        if name != "images"
+    ]
+    if results["overall"]:
+        total = [f"{results['overall'][source]:.1%}" for source in SOURCES]
+        rows.append(["mean of the six groups of scenes", "", *total])
+    fid = results["fid_mobilenetv2"]
+    fids = ["–", "–", f"{fid['discrete']:.1f}", f"{fid['hybrid']:.1f}"]
+    rows.append(["FID on MobileNetV2 features, single drawings", fid["images"], *fids])
+    return html.section(
+        "Scores",
+        f"{results['checkpoint']}: {results['images']} prompts, {settings['steps']} steps, "
+        f"guidance {settings['guidance']}, seeds from {results['seed']}; "
+        f"{results['seconds_per_image']:.2f} s an image on {results['device']}. An object counts "
+        "as there if its concept is among the judge's five likeliest of 1,898.",
+        html.table(["", "images", *SOURCES], rows),
+        html.join(
+            html.element("p", f"{name}: {words}.", css="note") for name, words in SOURCES.items()
+        ),
+    )
+
+
+def galleries(
+    asked: Sequence[Asked],
+    pictures: Mapping[str, Sequence[Image.Image]],
+    findings: Sequence[Finding],
+    shown: int,
+) -> Iterator[Html]:
+    """A section a group: true picture, codes alone, and the model's, with what the judge says."""
+    for group in (*PAIRS, *SCENES):
+        figures = [
+            html.figure(
+                [
+                    html.image(pictures[source][row], alt=f"{source}: {asked[row].caption}")
+                    for source in ("real", "discrete", "hybrid")
+                ],
+                asked[row].caption
+                + (": found" if has_all(asked[row], findings[row]) else ": not found"),
+            )
+            for row in rows_of(asked, group)[:shown]
+        ]
+        if figures:
+            yield html.section(
+                group.capitalize(),
+                "A true picture, then the model's by its codes alone, then with the residual. The "
+                "first of the group, whatever they look like.",
+                html.tiles(figures, width=15),
+            )

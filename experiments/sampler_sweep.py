@@ -1,0 +1,158 @@
+"""The task of `--exp=eval/sweep`: a setting of the sampler after another, over its values."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from PIL import Image
+
+from dcar.evaluation.charts import DPI, LIGHT, dress, to_png
+from dcar.evaluation.compositional import Asked, Examiner, scores
+from dcar.evaluation.sheets import captioned_grid, save_png
+from dcar.models.judge import load_judge
+from dcar.models.sampler import SamplerSettings
+from dcar.pipeline import DCARPipeline
+from experiments.compositional import (
+    Drawn,
+    distances,
+    draw,
+    open_pipeline,
+    read_asked,
+    settings_of,
+)
+from experiments.config import ConfigError
+from experiments.run import RunOptions
+
+SHARES = ("concept_top1", "concept_top5", "style_top1")
+
+
+def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
+    """Draw and judge the same prompts under each value; write results.json, table.md, pictures.
+
+    Returns a row a value. Raises ConfigError for a setting or value that the sampler does not have.
+    """
+    pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
+    base = settings_of(config, pipeline)
+    tried = {
+        name: [varied(base, name, value) for value in config.vary[name]] for name in config.vary
+    }
+    asked = read_asked(config, pipeline.model.size)
+    if options.dry_run:
+        tried, asked = {name: values[:1] for name, values in tried.items()}, asked[:2]
+    folder, rows = Path(config.out), []
+    for name, values in tried.items():
+        strips = []
+        for settings in values:
+            row, drawn = measure(config, pipeline, examiner, asked, settings)
+            row = {"setting": name, "value": getattr(settings, name), **row}
+            rank_zero_info(line_of(row))
+            rows.append(row)
+            strips.append(drawn.hybrid)
+        if not options.dry_run:
+            save_strips(folder, name, values, asked, strips, config.pictures)
+    if not options.dry_run:
+        write(folder, rows, {"checkpoint": config.ckpt, "seed": config.seed, "base": asdict(base)})
+    return rows
+
+
+def varied(base: SamplerSettings, name: str, value: Any) -> SamplerSettings:
+    try:
+        return replace(base, **{name: value})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vary.{name}: {error}") from error
+
+
+def measure(
+    config: DictConfig,
+    pipeline: DCARPipeline,
+    examiner: Examiner,
+    asked: Sequence[Asked],
+    settings: SamplerSettings,
+) -> tuple[dict[str, Any], Drawn]:
+    drawn = draw(pipeline, asked, settings, seed=config.seed, batch_size=config.batch_size)
+    scored = scores(asked, examiner.findings(asked, drawn.hybrid))
+    row = {
+        "images": len(asked),
+        "scores": scored,
+        "fid_mobilenetv2": distances(asked, drawn),
+        "seconds_per_image": drawn.seconds / len(asked),
+    }
+    return row, drawn
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The figures of one value, in words."""
+    shares = [f"{row['scores'][group][share]:.1%}" for group in row["scores"] for share in SHARES]
+    return [*shares, f"{row['fid_mobilenetv2']['hybrid']:.1f}", f"{row['seconds_per_image']:.2f}"]
+
+
+def header(row: Mapping[str, Any]) -> list[str]:
+    shares = [f"{group} {share}" for group in row["scores"] for share in SHARES]
+    return ["setting", "value", *shares, "FID (MobileNetV2)", "s/image"]
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    named = zip(header(row)[2:], cells(row), strict=True)
+    return f"{row['setting']}={row['value']}: " + ", ".join(f"{k} {v}" for k, v in named)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = header(rows[0])
+    lines = [names, ["---"] * len(names)]
+    lines += [[row["setting"], str(row["value"]), *cells(row)] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def save_strips(
+    folder: Path,
+    name: str,
+    values: Sequence[SamplerSettings],
+    asked: Sequence[Asked],
+    strips: Sequence[Sequence[Image.Image]],
+    shown: int,
+) -> None:
+    """The same prompts under every value: a row a value."""
+    rows = [number * len(asked) // shown for number in range(min(shown, len(asked)))]
+    pictures = [strip[row] for strip in strips for row in rows]
+    captions = [
+        f"{name} {getattr(settings, name)}: {asked[row].caption}"
+        for settings in values
+        for row in rows
+    ]
+    sheet = captioned_grid(pictures, captions, columns=len(rows))
+    save_png(sheet, folder / f"{name}.png", {"setting": name})
+
+
+def write(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    (folder / "table.md").write_text(markdown(rows))
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name]
+        (folder / f"{name}_curve.png").write_bytes(curve_png(name, own))
+    rank_zero_info(f"{folder / 'table.md'}")
+
+
+def curve_png(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Concepts found among the judge's five likeliest, and FID, over the values of a setting."""
+    figure = Figure(figsize=(9.2, 2.9), dpi=DPI, layout="constrained", facecolor=LIGHT.paper)
+    label = name.replace("_", " ")
+    values = [float(row["value"]) for row in rows]
+    shares, fid = figure.subplots(1, 2)
+    dress(shares, LIGHT, title="Concept among the five likeliest", x_label=label, y_label="share")
+    for color, group in zip(LIGHT.lines, rows[0]["scores"], strict=False):
+        top5 = [row["scores"][group]["concept_top5"] for row in rows]
+        shares.plot(values, top5, marker=".", color=color, label=group)
+    shares.set_ylim(0, 1)
+    shares.legend(fontsize=8, frameon=False, labelcolor=LIGHT.ink)
+    dress(fid, LIGHT, title="FID, MobileNetV2 features", x_label=label, y_label="FID")
+    for color, source in zip(LIGHT.lines, ("hybrid", "discrete"), strict=False):
+        found = [row["fid_mobilenetv2"][source] for row in rows]
+        fid.plot(values, found, marker=".", color=color, label=source)
+    fid.legend(fontsize=8, frameon=False, labelcolor=LIGHT.ink)
+    return to_png(figure)
