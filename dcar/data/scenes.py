@@ -9,7 +9,7 @@ import io
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,17 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """kind: a key of KINDS. ground: the colour's name, or two, left to right or top to bottom."""
+    """kind: a key of KINDS. ground: the colour's name, or two, left to right.
+
+    relation: of the first object placed to the second, a key of RELATIONS, where one is told.
+    """
 
     kind: str
     caption: str
     placed: tuple[Placed, ...]
     ground: tuple[str, ...]
     picture: Image.Image
+    relation: str | None = None
 
     def facts(self) -> dict[str, Any]:
         objects = [
@@ -79,7 +83,12 @@ class Scene:
             }
             for placed in self.placed
         ]
-        return {"kind": self.kind, "objects": objects, "ground": self.ground}
+        return {
+            "kind": self.kind,
+            "objects": objects,
+            "ground": self.ground,
+            "relation": self.relation,
+        }
 
 
 def shade(name: str, rng: random.Random) -> tuple[int, ...]:
@@ -100,20 +109,51 @@ def place(drawing: Drawing, box: Box, side: int, rng: random.Random) -> Placed:
     return Placed(drawing, (left, top, left + size, top + size), is_mirrored)
 
 
+def cut_out(drawing: Drawing) -> Image.Image:
+    """The drawing as RGBa: premultiplied, so that nothing shows from behind transparent pixels."""
+    with Image.open(io.BytesIO(drawing.image)) as file:
+        return file.convert("RGBA").convert("RGBa")
+
+
+def lay(piece: Image.Image, canvas: Image.Image, box: tuple[int, int, int, int]) -> None:
+    """An RGBa picture into a box of the canvas, by its alpha; what is outside is cut off."""
+    left, top, right, bottom = box
+    small = piece.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    canvas.paste(small.convert("RGBA"), (left, top), small.getchannel("a"))
+
+
 def paint(placed: Sequence[Placed], canvas: Image.Image) -> Image.Image:
     """The drawings over the canvas, by their alpha."""
     for one in placed:
-        with Image.open(io.BytesIO(one.drawing.image)) as file:
-            cut_out = file.convert("RGBA")
-        if one.is_mirrored:
-            cut_out = ImageOps.mirror(cut_out)
-        left, top, right, bottom = one.box
-        # premultiplied, so that what lies behind transparent pixels does not show at the edges
-        small = cut_out.convert("RGBa").resize(
-            (right - left, bottom - top), Image.Resampling.BICUBIC
-        )
-        canvas.paste(small.convert("RGBA"), (left, top), small.getchannel("a"))
+        piece = cut_out(one.drawing)
+        lay(ImageOps.mirror(piece) if one.is_mirrored else piece, canvas, one.box)
     return canvas
+
+
+def read_drawings(shards: ShardSet, concepts: str | Path) -> list[Drawing]:
+    """All drawings of shards whose keys are `style/slug`, in the shards' order.
+
+    concepts: a json list with `slug`, `phrase`, `category` and `keywords` of each.
+    Raises ValueError for a drawing that it does not know.
+    """
+    known = {concept["slug"]: concept for concept in json.loads(Path(concepts).read_text())}
+    found = []
+    for shard, count in enumerate(shards.counts):
+        for position in range(count):
+            raw = shards.read(shard, position)
+            key = str(raw["__key__"])
+            style, _, slug = key.partition("/")
+            if slug not in known:
+                raise ValueError(f"{shards.urls[shard]}: {key} is not in {concepts}")
+            concept = known[slug]
+            subject = Subject(
+                concept["phrase"],
+                f"{style} style",
+                concept["category"],
+                tuple(concept["keywords"]),
+            )
+            found.append(Drawing(key, subject, image_bytes(raw)))
+    return found
 
 
 class SceneSet(ShardSet):
@@ -144,7 +184,7 @@ class SceneSet(ShardSet):
             raise ValueError(f"scenes={scenes} must be at least the {len(self.urls)} shards")
         self.side, self.seed, self.coloured = side, seed, coloured
         self.kinds = {name: weight for name, weight in kinds.items() if weight > 0}
-        self.drawings = list(self._drawings(Path(concepts)))
+        self.drawings = read_drawings(ShardSet(urls), concepts)
         self.countable = [d for d in self.drawings if d.subject.plural]
         by_style: dict[str, list[Drawing]] = {}
         for drawing in self.drawings:
@@ -153,26 +193,6 @@ class SceneSet(ShardSet):
         shards = len(self.urls)
         self.counts = [(scenes + number) // shards for number in range(shards)]
         self.offsets = [sum(self.counts[:number]) for number in range(shards)]
-
-    def _drawings(self, concepts: Path) -> list[Drawing]:
-        known = {concept["slug"]: concept for concept in json.loads(concepts.read_text())}
-        found = []
-        for shard, count in enumerate(self.counts):
-            for position in range(count):
-                raw = super().read(shard, position)
-                key = str(raw["__key__"])
-                style, _, slug = key.partition("/")
-                if slug not in known:
-                    raise ValueError(f"{self.urls[shard]}: {key} is not in {concepts}")
-                concept = known[slug]
-                subject = Subject(
-                    concept["phrase"],
-                    f"{style} style",
-                    concept["category"],
-                    tuple(concept["keywords"]),
-                )
-                found.append(Drawing(key, subject, image_bytes(raw)))
-        return found
 
     def scene(self, number: int) -> Scene:
         """Scene `number` of the set, the same every time."""
@@ -200,7 +220,8 @@ class SceneSet(ShardSet):
         boxes = STACKED if relation in ("above", "below") else BESIDE
         if relation in ("right", "below"):
             boxes = boxes[::-1]
-        return self._scene("position", caption, pair, boxes, ("white",), rng)
+        scene = self._scene("position", caption, pair, boxes, ("white",), rng)
+        return replace(scene, relation=relation)
 
     def _counting(self, rng: random.Random) -> Scene:
         drawing, number = rng.choice(self.countable), rng.choice(list(words.NUMBERS))

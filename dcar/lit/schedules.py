@@ -30,3 +30,25 @@ def warmup_cosine(
         return final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+def warmup_cooldown(
+    optimizer: Optimizer, *, warmup_steps: int, cooldown_steps: int, total_steps: int
+) -> LambdaLR:
+    """Linear warm-up, the optimizer's own rate, then a straight line to 0 over the last steps.
+
+    Up to the cool-down it does not depend on `total_steps`, so that a run may be made longer.
+    Raises ValueError unless warm-up and cool-down fit into `total_steps`.
+    """
+    if min(warmup_steps, cooldown_steps) < 0 or warmup_steps + cooldown_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} must fit into "
+            f"total_steps={total_steps}"
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return min(1.0, max(0, total_steps - step) / max(1, cooldown_steps))
+
+    return LambdaLR(optimizer, factor)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dcar.lit.schedules import constant, warmup_cosine
+from dcar.lit.schedules import constant, warmup_cooldown, warmup_cosine
 
 
 def rates(schedule, steps: int) -> list[float]:
@@ -34,3 +34,19 @@ def test_impossible_settings_are_refused_by_name(bad: dict[str, float]) -> None:
     settings = {"warmup_steps": 1, "total_steps": 10} | bad
     with pytest.raises(ValueError, match=next(iter(bad))):
         rates(lambda o: warmup_cosine(o, **settings), 1)
+
+
+def test_the_cool_down_is_a_straight_line_at_the_end() -> None:
+    def cooled(total: int):
+        return lambda o: warmup_cooldown(o, warmup_steps=2, cooldown_steps=4, total_steps=total)
+
+    seen = rates(cooled(10), 12)
+    assert seen == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0, 0.0])
+    assert rates(cooled(20), 7) == pytest.approx(seen[:7])  # a longer run begins alike
+
+
+@pytest.mark.parametrize("bad", [{"warmup_steps": 8}, {"cooldown_steps": -1}, {"total_steps": 3}])
+def test_a_cool_down_that_does_not_fit_is_refused(bad: dict[str, int]) -> None:
+    settings = {"warmup_steps": 1, "cooldown_steps": 3, "total_steps": 10} | bad
+    with pytest.raises(ValueError, match="must fit into total_steps"):
+        rates(lambda o: warmup_cooldown(o, **settings), 1)
