@@ -25,6 +25,7 @@ from dcar.evaluation.compositional import (
     Finding,
     as_pixels,
     has_all,
+    named,
     overall,
     scenes_of,
     scores,
@@ -222,15 +223,16 @@ def rows_of(asked: Sequence[Asked], group: str) -> list[int]:
 
 
 def told(shares: Mapping[str, float]) -> str:
-    """`concept_top1 81.0 %` and so on; numbers of images stay out."""
-    return ", ".join(f"{name} {value:.1%}" for name, value in shares.items() if name != "images")
+    """`concept top-1 81.0%` and so on; numbers of images stay out."""
+    figures = ((named(name), value) for name, value in shares.items() if name != "images")
+    return ", ".join(f"{name} {value:.1%}" for name, value in figures)
 
 
 def summary(results: Mapping[str, Any]) -> Html:
     """The scores of every source, side by side."""
     scored, settings = results["scores"], results["settings"]
     rows = [
-        [f"{group}: {name}", scored["real"][group]["images"]]
+        [f"{group}: {named(name)}", scored["real"][group]["images"]]
         + [f"{scored[source][group][name]:.1%}" for source in SOURCES]
         for group, shares in scored["real"].items()
         for name in shares

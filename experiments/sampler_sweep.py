@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from dcar.evaluation.charts import DPI, LIGHT, dress, to_png
-from dcar.evaluation.compositional import Asked, Examiner, scores
+from dcar.evaluation.compositional import Asked, Examiner, named, scores
 from dcar.evaluation.sheets import captioned_grid, save_png
 from dcar.models.judge import load_judge
 from dcar.models.sampler import SamplerSettings
@@ -39,7 +39,9 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     base = settings_of(config, pipeline)
     tried = {
-        name: [varied(base, name, value) for value in config.vary[name]] for name in config.vary
+        name: [varied(base, name, value) for value in values]
+        for name, values in config.vary.items()
+        if values is not None
     }
     asked = read_asked(config, pipeline.model.size)
     if options.dry_run:
@@ -92,13 +94,13 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def header(row: Mapping[str, Any]) -> list[str]:
-    shares = [f"{group} {share}" for group in row["scores"] for share in SHARES]
+    shares = [f"{group} {named(share)}" for group in row["scores"] for share in SHARES]
     return ["setting", "value", *shares, "FID (MobileNetV2)", "s/image"]
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    named = zip(header(row)[2:], cells(row), strict=True)
-    return f"{row['setting']}={row['value']}: " + ", ".join(f"{k} {v}" for k, v in named)
+    figures = zip(header(row)[2:], cells(row), strict=True)
+    return f"{row['setting']}={row['value']}: " + ", ".join(f"{k} {v}" for k, v in figures)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from experiments.config import (
     load_config,
 )
 
-REQUIRED = {"sample": ["ckpt=x", "prompt=x"]}
+REQUIRED = {"sample": ["prompt=x"]}
 
 
 def test_every_experiment_of_the_readme_s_kinds_is_there() -> None:
@@ -103,8 +103,8 @@ def test_an_unknown_experiment_gets_the_nearest_name() -> None:
 
 
 def test_a_missing_value_is_named() -> None:
-    with pytest.raises(ConfigError, match="ckpt must be given: add ckpt=VALUE"):
-        load_config("sample", ["prompt=x"])
+    with pytest.raises(ConfigError, match="prompt must be given: add prompt=VALUE"):
+        load_config("sample", ["ckpt=x"])
 
 
 def test_an_unreadable_file_is_an_error_of_its_own(monkeypatch, tmp_path) -> None:

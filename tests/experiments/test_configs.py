@@ -12,7 +12,8 @@ from experiments.config import CONFIGS, experiment_names, load_config
 from tests.shards import row
 
 GIVEN = {
-    "sample": ["ckpt=x", "prompt=x"],
+    "sample": ["prompt=x"],
+    "export": ["ckpt=x", "out=x"],
     "data/build": ["source=folder", "in=x", "out=x"],
     "finetune/lora": ["init_from=x"],
     "finetune/decoder": ["init_from=x"],
@@ -49,7 +50,7 @@ def count(module) -> int:
 
 
 # the architectures of these come with the model or the record that they start from
-NO_NETWORKS = ("data/", "finetune/", "debug/", "smoke/lora", "smoke/decoder")
+NO_NETWORKS = ("eval/", "data/", "finetune/", "debug/", "smoke/lora", "smoke/decoder")
 
 
 @pytest.mark.parametrize(

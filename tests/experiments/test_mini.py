@@ -1,0 +1,60 @@
+"""`make train-mini`: the recipe of the shipped model, from nothing to a picture, in a few steps."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dcar.pipeline import DCARPipeline
+from experiments.config import load_config
+from tests.toys import ROOT
+
+RUNS = ("stage1", "stage2", "stage3", "generator")
+STEPS = {"stage1": 30, "stage2": 12, "stage3": 8, "generator": 30}
+FEW = "batch_size=8 trainer.limit_val_batches=3 callbacks.average.decay=0.9"
+
+
+def test_each_training_starts_from_the_one_before() -> None:
+    configs = {run: load_config(f"mini/{run}") for run in RUNS}
+    assert tuple(load_config("mini").steps) == RUNS
+    assert configs["stage2"].init_from == "mini/stage1"
+    assert configs["stage3"].init_from == "mini/stage2"
+    assert configs["generator"].tokenizer_from == "mini/stage3"
+    for config in configs.values():
+        assert config.size == 64 and config.tokenizer == configs["stage1"].tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("mini")
+    steps = " ".join(f"steps.{run}={number}" for run, number in STEPS.items())
+    command = ["make", "-C", str(ROOT), "train-mini", f"OUTPUTS={outputs}"]
+    command.append(f"SETTINGS={steps} 'overrides={FEW}'")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return outputs / "mini"
+
+
+def metrics(folder: Path, run: str) -> dict[str, float]:
+    facts = json.loads((folder / run / "metrics.json").read_text())
+    assert facts["steps"] == STEPS[run]
+    return facts["metrics"]
+
+
+@pytest.mark.slow
+def test_a_few_steps_lower_the_loss_as_far_as_they_did_before(folder: Path) -> None:
+    """Bounds a little above what these steps reached; untrained they are 1.2 and ln 2,048 = 7.6."""
+    assert metrics(folder, "stage1")["train/loss"] < 0.9
+    assert metrics(folder, "stage2")["train/l1"] < 0.4
+    assert metrics(folder, "stage3")["train/l1"] < 0.4
+    generator = metrics(folder, "generator")
+    assert generator["train/token"] < math.log(2048)
+
+
+@pytest.mark.slow
+def test_it_ends_with_a_model_that_draws_and_a_report(folder: Path) -> None:
+    (picture,) = DCARPipeline.from_pretrained(folder / "model")("a red apple, flat style", steps=2)
+    assert picture.size == (64, 64)
+    assert "DC-AR mini report" in (folder / "report.html").read_text()

@@ -1,0 +1,68 @@
+"""`--exp=eval/sweep`: a row of figures and a row of pictures for every value."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dcar.models.checkpoints import save_model
+from experiments.run import main
+from experiments.sampler_sweep import markdown
+from tests.toys import toy_model
+
+SMALL = ["known=2", "heldout=2", "pictures=2", "batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_model(toy_model(), path)
+    return path
+
+
+def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> None:
+    vary = ["vary.steps=[1,3]", "vary.guidance=[0.0,2.0,4.0]"]
+    others = ["vary.randomize_temperature=null", "vary.residual_temperature=null"]
+    arguments = [f"ckpt={folder}", f"out={tmp_path}", *SMALL, *vary, *others]
+    assert main(["--exp=eval/sweep", *arguments]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    tried = [(row["setting"], row["value"]) for row in results["rows"]]
+    assert tried == [("steps", 1), ("steps", 3), *(("guidance", g) for g in (0.0, 2.0, 4.0))]
+    for row in results["rows"]:
+        assert row["images"] == 4 and set(row["scores"]) == {"known", "heldout"}
+        assert row["fid_mobilenetv2"]["hybrid"] > 0 and row["seconds_per_image"] > 0
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + 5 and lines[2].startswith("| steps | 1 |")
+    assert len({line.count("|") for line in lines}) == 1
+    with Image.open(tmp_path / "guidance.png") as strips:
+        assert strips.height > strips.width  # three values, two prompts
+    with Image.open(tmp_path / "steps_curve.png") as curve:
+        assert curve.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("vary.steps=[0]", "vary.steps: steps 0"),
+        ("+vary.speed=[1]", "vary.speed"),
+        ("vary.steps=[a]", "vary.steps"),
+    ],
+)
+def test_a_setting_or_value_there_is_not_is_exit_2(vary, message, folder, tmp_path, capsys) -> None:
+    arguments = [f"ckpt={folder}", f"out={tmp_path}/out", *SMALL, vary]
+    assert main(["--exp=eval/sweep", *arguments]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_figures_of_a_row_stand_under_their_names() -> None:
+    shares = {"images": 2, "concept_top1": 0.25, "concept_top5": 0.5, "style_top1": 1.0}
+    row = {
+        "setting": "steps",
+        "value": 4,
+        "scores": {"known": shares},
+        "fid_mobilenetv2": {"hybrid": 12.34},
+        "seconds_per_image": 0.5,
+    }
+    assert markdown([row]).splitlines()[0].startswith("| setting | value | known concept top-1 |")
+    assert markdown([row]).splitlines()[2] == "| steps | 4 | 25.0% | 50.0% | 100.0% | 12.3 | 0.50 |"
