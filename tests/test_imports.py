@@ -49,6 +49,7 @@ NO_SOURCE = {
     "test_finetuning_docs.py": "follows docs/finetuning.md",
     "test_imports.py": "this file",
     "test_readme.py": "runs README.md",
+    "test_shipped_model.py": "the model in dcar/weights/mini",
     "test_training_docs.py": "follows docs/training.md",
     "data/test_loader_in_lightning.py": "the loader in a Trainer",
     "lit/test_last_checkpoint_outside.py": "full disks, SLURM, another rank",
@@ -57,6 +58,7 @@ NO_SOURCE = {
     "data/test_stream_kinds.py": "mixtures, buckets, captions and tokens",
     "data/test_stream_remote.py": "the stream over a faulty server",
     "experiments/test_configs.py": "every file under experiments/configs",
+    "experiments/test_mini.py": "the recipe of the shipped model in a few steps",
     "experiments/test_full_size.py": "the paper's sizes take a step",
     "lit/test_ddp.py": "two processes against one, for every training module",
 }
