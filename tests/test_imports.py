@@ -46,6 +46,7 @@ NO_SOURCE = {
     "test_contributing.py": "runs the worked example of CONTRIBUTING.md",
     "test_data_docs.py": "follows docs/data.md",
     "test_environment.py": "holds the lists of packages equal",
+    "test_evaluation_docs.py": "follows docs/evaluation.md",
     "test_finetuning_docs.py": "follows docs/finetuning.md",
     "test_imports.py": "this file",
     "test_readme.py": "runs README.md",

@@ -1,0 +1,42 @@
+"""docs/evaluation.md: its commands run (on a toy model, with few prompts), its columns are all."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dcar.evaluation.compositional import PAIRS, PRESENT, SCENES
+from dcar.models.checkpoints import save_model
+from experiments.compositional import SOURCES
+from experiments.run import main
+from tests.toys import ROOT, toy_model
+
+PAGE = (ROOT / "docs/evaluation.md").read_text()
+COMMANDS = [
+    shlex.split(line)[3:]
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    for line in block.splitlines()
+]
+FEW = ["known=2", "heldout=2", "steps=2", "pictures=2"]
+NO_MORE = [f"vary.{name}=null" for name in ("randomize_temperature", "residual_temperature")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_runs(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(toy_model(), tmp_path / "outputs" / "quickstart" / "model")
+    more = NO_MORE if "--exp=eval/sweep" in words else ["scenes=1"]
+    assert main([*words, *FEW, *more]) == 0
+    folder = tmp_path / "outputs" / words[0].removeprefix("--exp=")
+    assert (folder / "results.json").is_file()
+    for name in ("index.html", "sheet.png") if "scenes=1" in more else ("table.md",):
+        assert (folder / name).is_file()
+
+
+def test_every_group_and_column_has_its_row() -> None:
+    rows = re.findall(r"^\| ([a-z ]+) \|", PAGE, re.M)
+    assert [row for row in rows if row in (*PAIRS, *SCENES)] == [*PAIRS, *SCENES]
+    assert [row for row in rows if row in SOURCES] == list(SOURCES)
+    assert PRESENT == 5 and "five\nlikeliest of 1,898" in PAGE
