@@ -1,10 +1,11 @@
 """The judge: which concept a small picture shows, in which style, and how many objects.
 
-B pictures of side S, D width of the pooled features.
+B pictures of side S.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dcar.errors import CheckpointError
 from dcar.models.checkpoints import load_strictly
+from dcar.models.features import CPU_CHUNK, MobileNetV2Features
 from dcar.models.weights_io import SHIPPED
 
 COUNTS = 4  # the most objects that are counted
@@ -30,82 +32,94 @@ class Verdict(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # (B, COUNTS); a tuple's own `count` is of no use
 
 
-def conv_norm(width: int, out: int, kernel: int, *, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(width, out, kernel, stride=stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out))
+class Levels(nn.Module):
+    """What MobileNetV2, frozen, sees at each of its levels: images (B, 3, S, S) in [-1, 1].
 
+    Gives (B, WIDTH) means and deviations over the picture of every level's channels, the finest
+    first, and the last map of 1/32 of `side`, (B, PLACED, side/32, side/32). Any S: resized to
+    `side` in here. The network has no state: `dcar.models.features`.
+    """
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut: arXiv 1512.03385."""
+    ENDS = (2, 4, 7, 11, 14, 17, 18, 20)  # layers after which a level ends
+    WIDTH = 2 * (16 + 24 + 32 + 64 + 96 + 160 + 320 + 1280)
+    PLACED = 160  # channels of the map, that of level 5
 
-    def __init__(self, width: int):
+    def __init__(self, side: int):
         super().__init__()
-        first, last = conv_norm(width, width, 3), conv_norm(width, width, 3)
-        nn.init.zeros_(last[1].weight)  # type: ignore[arg-type]  # begins as the identity
-        self.layers = nn.Sequential(first, nn.ReLU(inplace=True), last)
+        self.side, self.network = side, MobileNetV2Features()
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.relu(hidden + self.layers(hidden))
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        chunk = CPU_CHUNK if image.device.type == "cpu" else len(image)
+        with torch.autocast(image.device.type, enabled=False):
+            parts = [self._of_chunk(part) for part in image.float().split(max(chunk, 1))]
+        pooled, maps = zip(*parts, strict=True)
+        return torch.cat(pooled), torch.cat(maps)
+
+    def _of_chunk(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        size = (self.side, self.side)
+        if image.shape[2:] != size:
+            image = F.interpolate(image, size, mode="bilinear", antialias=True)
+        hidden = ((image + 1) / 2 - self.network.mean) / self.network.std
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        pooled, last = [], hidden
+        for number, layer in enumerate(self.network.layers):
+            hidden = layer(hidden)
+            if number in self.ENDS:
+                pooled += [hidden.mean((2, 3)), hidden.std((2, 3), correction=0)]
+            if number == self.ENDS[5]:
+                last = hidden
+        return torch.cat(pooled, 1), last
+
+
+def head(width: int, hidden: int, out: int, *, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm1d(width, affine=False),  # levels differ much in scale
+        nn.Dropout(dropout),
+        nn.Linear(width, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, out),
+    )
 
 
 class Judge(nn.Module):
-    """A residual network with three heads: pictures (B, 3, S, S) in [-1, 1] -> `Verdict`.
+    """Three heads on the levels of a frozen MobileNetV2: (B, 3, S, S) in [-1, 1] -> `Verdict`.
 
-    Any S, and pictures that are no squares: they are resized to 64 x 64 in here.
-    concepts, styles: names of the logits, in their order. widths: of the stages at 16, 8, 4, ...
-    pixels; depths: residual blocks in each. features: D.
-    Raises ValueError where widths and depths differ in number, or a name comes twice.
+    Any S, and pictures that are no squares: they are resized to `side` in here, a multiple of 32.
+    concepts, styles: names of the logits, in their order. hidden: widths of the heads' one hidden
+    layer, by the heads' names. dropout: before both layers of each head.
+    Raises ValueError for another side, and where a name comes twice.
     """
-
-    side = 64
 
     def __init__(
         self,
         *,
         concepts: Sequence[str],
         styles: Sequence[str],
-        stem: int,
-        widths: Sequence[int],
-        depths: Sequence[int],
-        features: int,
+        side: int,
+        hidden: Mapping[str, int],
         dropout: float = 0.0,
     ):
         super().__init__()
-        if len(widths) != len(depths):
-            raise ValueError(f"{len(widths)} widths and {len(depths)} depths must be as many")
+        if side < 32 or side % 32:
+            raise ValueError(f"side {side} is not a multiple of 32")
         for names in (concepts, styles):
             if len(set(names)) < len(names):
                 raise ValueError(f"{len(names)} names, {len(set(names))} of them different")
         self.concepts, self.styles = tuple(concepts), tuple(styles)
-        self.figures: dict[str, Any] = {}  # of a trained judge: how good it is
-        self.shape = {
-            "stem": stem,
-            "widths": list(widths),
-            "depths": list(depths),
-            "features": features,
-        }
-        layers: list[nn.Module] = [conv_norm(3, stem, 3, stride=2), nn.ReLU(inplace=True)]
-        for before, width, depth in zip([stem, *widths], widths, depths, strict=False):
-            layers += [conv_norm(before, width, 3, stride=2), nn.ReLU(inplace=True)]
-            layers += [ResidualBlock(width) for _ in range(depth)]
-        layers += [conv_norm(widths[-1], features, 1), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(dropout)
-        self.concept = nn.Linear(features, len(concepts))
-        self.style = nn.Linear(features, len(styles))
-        self.count = nn.Linear(features, COUNTS)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.shape = {"side": side, "hidden": dict(hidden)}
+        self.levels = Levels(side)
+        width, cells = Levels.WIDTH, (side // 32) ** 2
+        make = partial(head, dropout=dropout)
+        self.concept = make(width, hidden["concept"], len(concepts))
+        self.style = make(width, hidden["style"], len(styles))
+        self.count = make(Levels.PLACED * cells, hidden["count"], COUNTS)
 
     def forward(self, image: Tensor) -> Verdict:
-        hidden = self.layers(self._sized(image))  # (B, D, H, W)
-        pooled = hidden.mean((2, 3))  # (B, D)
-        return Verdict(self.concept(self.dropout(pooled)), self.style(pooled), self.count(pooled))
-
-    def _sized(self, image: Tensor) -> Tensor:
-        size = (self.side, self.side)
-        if image.shape[2:] != size:
-            image = F.interpolate(image, size, mode="bilinear", antialias=True)  # (B, 3, 64, 64)
-        return image.contiguous(memory_format=torch.channels_last)
+        pooled, placed = self.levels(image)
+        return Verdict(self.concept(pooled), self.style(pooled), self.count(placed.flatten(1)))
 
 
 def judge_losses(

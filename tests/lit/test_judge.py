@@ -43,7 +43,7 @@ def data() -> JudgeData:
 
 def module() -> JudgeTraining:
     torch.manual_seed(0)
-    shape = {"stem": 8, "widths": [8, 16], "depths": [0, 1], "features": 32}
+    shape = {"side": 32, "hidden": {"concept": 32, "style": 16, "count": 16}}
     return JudgeTraining(
         judge=partial(Judge, **shape),
         concepts=CONCEPTS,

@@ -23,7 +23,8 @@ EMOJI = ROOT / "assets/emoji"
 
 
 def small(concepts: tuple[str, ...] = CONCEPTS, **options) -> Judge:
-    shape = {"stem": 4, "widths": [8, 8], "depths": [0, 1], "features": 12} | options
+    hidden = {"concept": 12, "style": 8, "count": 8}
+    shape = {"side": 32, "hidden": hidden} | options
     return Judge(concepts=concepts, styles=STYLES, **shape)
 
 
@@ -43,9 +44,9 @@ def test_pictures_of_any_size_are_judged(size: tuple[int, int]) -> None:
     assert verdict.count.shape == (2, COUNTS)
 
 
-def test_other_sizes_are_resized_to_64_with_antialias() -> None:
+def test_other_sizes_are_resized_with_antialias() -> None:
     judge, image = small().eval(), torch.rand(2, 3, 100, 40) * 2 - 1
-    sized = F.interpolate(image, (64, 64), mode="bilinear", antialias=True)
+    sized = F.interpolate(image, (32, 32), mode="bilinear", antialias=True)
     for ours, theirs in zip(judge(image), judge(sized), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -69,8 +70,8 @@ def test_a_head_without_labels_loses_nothing_and_learns_nothing() -> None:
     terms = judge_losses(judge(torch.rand(2, 3, 64, 64)), none, smoothing=0.1, weights=WEIGHTS)
     assert terms["concept"] == 0 and terms["count"] == 0 and terms["style"] > 0
     terms["loss"].backward()
-    assert judge.concept.weight.grad is not None and not judge.concept.weight.grad.any()
-    assert judge.style.weight.grad is not None and judge.style.weight.grad.any()
+    concept, style = judge.concept[-1].weight.grad, judge.style[-1].weight.grad
+    assert concept is not None and not concept.any() and style is not None and style.any()
 
 
 def test_a_few_steps_lower_the_loss() -> None:
@@ -103,7 +104,8 @@ def test_a_saved_judge_comes_back_with_its_names_and_figures(tmp_path: Path) -> 
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     for ours, theirs in zip(judge(image), loaded(image), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-3)
-    assert torch.equal(loaded.concept.weight, judge.concept.weight.half().float())
+    weight = judge.concept[-1].weight
+    assert torch.equal(loaded.concept[-1].weight, weight.half().float())
 
 
 def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
@@ -127,14 +129,14 @@ def test_what_is_damaged_no_judge_or_does_not_fit_is_told(tmp_path: Path) -> Non
     one_more = small(concepts=(*CONCEPTS, "tulip"))
     one_more.concepts = CONCEPTS
     save_judge(one_more, path, figures={})
-    with pytest.raises(CheckpointError, match=r"concept\.bias: \(3,\) here, \(4,\) there"):
+    with pytest.raises(CheckpointError, match=r"concept\.6\.bias: \(3,\) here, \(4,\) there"):
         load_judge(path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depths": [1]}, "2 widths and 1 depths"),
+        ({"side": 40}, "side 40 is not a multiple of 32"),
         ({"concepts": ("apple", "apple")}, "2 names, 1 of them different"),
     ],
 )

@@ -1,0 +1,82 @@
+"""The model in the package: small enough, whole, found by name, and as good as its card says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from dcar.errors import CheckpointError
+from dcar.models.checkpoints import PARTS, load_model, save_model, shipped_models
+from dcar.models.weights_io import SHIPPED
+from dcar.pipeline import DCARPipeline
+from experiments.compositional import told
+from tests.toys import ROOT, SIZE, toy_model
+
+FOLDER = SHIPPED / "mini"
+CARD = (FOLDER / "README.md").read_text()
+RESULTS = json.loads((FOLDER / "results.json").read_text())
+
+
+def test_it_is_shipped_and_takes_at_most_forty_megabytes() -> None:
+    assert shipped_models() == ["mini"]
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 40e6
+
+
+def test_its_weights_are_stored_in_half_precision() -> None:
+    for part in PARTS:
+        with safe_open(FOLDER / f"{part}.safetensors", framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                assert file.get_slice(name).get_dtype() in ("F16", "I64", "BOOL"), name
+
+
+def test_its_config_names_no_place_of_a_machine() -> None:
+    text = (FOLDER / "config.json").read_text()
+    assert not re.search(r'"/|[A-Z]:\\\\', text)
+
+
+def test_it_draws_wherever_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = DCARPipeline.from_pretrained("mini")
+    (whale,) = pipeline("a blue whale, 3d style", seeds=0)
+    (again,) = pipeline("a blue whale, 3d style", seeds=0)
+    (other,) = pipeline("a red apple, 3d style", seeds=0)
+    assert whale.size == (64, 64) and whale.tobytes() == again.tobytes() != other.tobytes()
+
+
+def test_a_folder_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(toy_model(), "mini")
+    assert load_model("mini").size == SIZE
+
+
+def test_a_damaged_copy_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "copy")
+    path = tmp_path / "copy" / "tokenizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.safetensors cannot be read"):
+        load_model(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("group", RESULTS["scores"]["hybrid"])
+def test_the_card_carries_the_measured_figures(group: str) -> None:
+    row = next(line for line in CARD.splitlines() if line.startswith(f"| {group} |"))
+    for source in ("real", "retrieval", "hybrid"):
+        for figure in re.findall(r"[\d.]+%", told(RESULTS["scores"][source][group])):
+            assert figure in row, (source, figure)
+
+
+@pytest.mark.slow
+def test_make_sample_writes_a_picture_of_the_prompt(tmp_path: Path) -> None:
+    prompt = 'it\'s "a" $HOME of {3} cats, 3d style'
+    command = ["make", "-C", str(ROOT), "sample", f"OUTPUTS={tmp_path}"]
+    environment = os.environ | {"PROMPT": prompt}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with Image.open(tmp_path / "sample.png") as picture:
+        assert picture.size == (64, 64) and picture.text["prompt"] == prompt
