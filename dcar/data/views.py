@@ -6,7 +6,7 @@ B views, S side in pixels. View number n is a function of the drawings, the seed
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ def at_an_edge(rng: random.Random) -> tuple[int, int, int, int]:
 
 
 class ViewSet:
-    """Views of the drawings in shards, without end; every drawing is the subject equally often.
+    """Views of the drawings in shards; every drawing is the subject equally often.
 
     urls: shards of pictures with alpha under keys `style/slug`. concepts: the json of
         `read_names` with `phrase`, `category` and `keywords` of each.
@@ -130,6 +130,7 @@ class ViewSet:
         a scene of two, cut to a square or stretched to one. equal: two to four of one drawing.
         different: two to four drawings of one style, so without a concept.
     softened: whether they look like generated pictures (`soften`).
+    distinct: how many there are before they come again, from memory; None: they never do.
     Raises ValueError for an unknown kind and for a drawing that `concepts` does not know.
     """
 
@@ -141,11 +142,13 @@ class ViewSet:
         seed: int,
         kinds: Mapping[str, float] = KINDS,
         softened: bool = True,
+        distinct: int | None = None,
     ):
         if unknown := sorted(set(kinds) - set(KINDS)):
             raise ValueError(f"kinds names {unknown}; there is {sorted(KINDS)}")
         self.shards, self.names = ShardSet(urls), read_names(concepts)
-        self.seed, self.softened = seed, softened
+        self.seed, self.softened, self.distinct = seed, softened, distinct
+        self._kept: dict[int, View] = {}
         self.kinds = {name: weight for name, weight in kinds.items() if weight > 0}
         self.pieces = list(self._pieces(concepts))
         self.by_style: dict[int, list[Piece]] = {}
@@ -166,6 +169,18 @@ class ViewSet:
 
     def view(self, number: int) -> View:
         """View `number`, the same every time."""
+        if self.distinct is None:
+            return self._drawn(number)
+        number = self.number(number)
+        if number not in self._kept:
+            self._kept[number] = self._drawn(number)
+        return self._kept[number]
+
+    def number(self, number: int) -> int:
+        """The first number whose view is that of `number`."""
+        return number if self.distinct is None else number % self.distinct
+
+    def _drawn(self, number: int) -> View:
         rng = random.Random(f"{self.seed}/{number}")
         piece = self.pieces[self._turn(number)]
         kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
@@ -173,7 +188,7 @@ class ViewSet:
         view = draw(piece, rng)
         if not self.softened:
             return view
-        return View(view.key, soften(view.picture, rng), view.concept, view.style, view.count)
+        return replace(view, picture=soften(view.picture, rng))
 
     def _turn(self, number: int) -> int:
         """Whose turn it is: in every epoch each drawing comes once, in an order of its own."""
@@ -237,8 +252,8 @@ class ViewLoader:
     """Batches of views: number 0 on, an epoch after the other; it knows how far it has got.
 
     batches: of an epoch. goes_on: an epoch takes up where the last one ended, as training wants;
-    else each is the same. A batch holds `key`, `image` (B, 3, S, S) uint8 and the LABELS,
-    (B,) int64.
+    else each is the same. A batch holds `key`, `number` (list of int), `image` (B, 3, S, S) uint8
+    and the LABELS, (B,) int64.
     """
 
     def __init__(self, views: ViewSet, *, batch_size: int, batches: int, goes_on: bool):
@@ -260,11 +275,12 @@ class ViewLoader:
 
     def _batch(self, number: int) -> Batch:
         first = number * self.batch_size
-        views = [self.views.view(first + place) for place in range(self.batch_size)]
+        numbers = [self.views.number(first + place) for place in range(self.batch_size)]
+        views = [self.views.view(number) for number in numbers]
         pixels = np.stack([np.asarray(view.picture) for view in views])  # (B, S, S, 3)
         image = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
         labels = {name: torch.tensor([getattr(view, name) for view in views]) for name in LABELS}
-        return {"key": [view.key for view in views], "image": image, **labels}
+        return {"key": [v.key for v in views], "number": numbers, "image": image, **labels}
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done}

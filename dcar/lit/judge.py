@@ -71,6 +71,7 @@ class JudgeTraining(BaseModule):
     """Trains a `Judge` on batches of views.
 
     judge: partial that takes `concepts` and `styles`. concepts: the json file of these names.
+    keeps_levels: what the frozen network sees in a view is computed once, 13 KB a view.
     smoothing: of the concepts' labels. weights: of the losses of the three heads.
     Of each validation set it logs `concept_top1`, `concept_top5`, `style_top1` and `count`, shares
     of the pictures that have such a label in [0, 1]; what no picture has a label for is left out.
@@ -86,6 +87,7 @@ class JudgeTraining(BaseModule):
         smoothing: float,
         weights: Mapping[str, float],
         val_names: Sequence[str],
+        keeps_levels: bool = False,
         **training: Any,
     ):
         super().__init__(**training)
@@ -93,13 +95,28 @@ class JudgeTraining(BaseModule):
         self.network = judge(concepts=self.names.concepts, styles=self.names.styles)
         self.smoothing, self.weights = smoothing, dict(weights)
         self.val_names = tuple(val_names)
+        self.keeps_levels = keeps_levels
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.hits: dict[tuple[str, str], list[Tensor]] = {}  # by set and metric
 
     def losses(self, batch: dict[str, Any], batch_idx: int) -> Iterator[Losses]:
-        verdict = self.network(batch["image"])
+        verdict = self.network.judge(*self.levels(batch))
         labels = {name: batch[name] for name in LABELS}
         terms = judge_losses(verdict, labels, smoothing=self.smoothing, weights=self.weights)
         yield Losses(0, terms["loss"], terms)
+
+    def levels(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Of the frozen network, kept in half precision on the CPU where views come again."""
+        if not self.keeps_levels:
+            return self.network.levels(batch["image"])
+        numbers = batch["number"]
+        if rows := [row for row, number in enumerate(numbers) if number not in self.kept]:
+            pooled, placed = self.network.levels(batch["image"][rows])
+            found = zip(pooled.half().cpu(), placed.half().cpu(), strict=True)
+            self.kept.update(zip([numbers[row] for row in rows], found, strict=True))
+        known = [self.kept[number] for number in numbers]
+        pooled, placed = (torch.stack(part) for part in zip(*known, strict=True))
+        return pooled.to(self.device).float(), placed.to(self.device).float()
 
     def labels_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Of views their own; of whole drawings what their keys say, one object each."""

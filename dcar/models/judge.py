@@ -118,7 +118,10 @@ class Judge(nn.Module):
         self.count = make(Levels.PLACED * cells, hidden["count"], COUNTS)
 
     def forward(self, image: Tensor) -> Verdict:
-        pooled, placed = self.levels(image)
+        return self.judge(*self.levels(image))
+
+    def judge(self, pooled: Tensor, placed: Tensor) -> Verdict:
+        """From what `levels` gives."""
         return Verdict(self.concept(pooled), self.style(pooled), self.count(placed.flatten(1)))
 
 

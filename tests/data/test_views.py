@@ -92,6 +92,17 @@ def test_a_view_is_the_same_whenever_it_is_drawn(drawings: Path) -> None:
     assert sum(changed.view(number) == first[number] for number in numbers) == 0
 
 
+def test_distinct_views_come_again_and_are_drawn_once(drawings: Path, monkeypatch) -> None:
+    views, endless = make(drawings, distinct=5), make(drawings)
+    seen = list(ViewLoader(views, batch_size=4, batches=3, goes_on=True))
+    assert [batch["number"] for batch in seen] == [[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1]]
+    first = endless.view(3).picture.tobytes()
+    assert views.view(3).picture.tobytes() == views.view(8).picture.tobytes() == first
+    monkeypatch.setattr(ViewSet, "_drawn", None)  # from now on only memory can answer
+    assert views.view(13).picture.tobytes() == first
+    assert endless.number(8) == 8 and views.number(8) == 3
+
+
 def test_every_drawing_is_the_subject_once_in_an_epoch(drawings: Path) -> None:
     data = make(drawings)
     keys = [data.view(number).key for number in range(24)]
