@@ -1,8 +1,8 @@
 """The model in the package: small enough, whole, found by name, and as good as its card says."""
 
-import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,12 +15,14 @@ from dcar.errors import CheckpointError
 from dcar.models.checkpoints import PARTS, load_model, save_model, shipped_models
 from dcar.models.weights_io import SHIPPED
 from dcar.pipeline import DCARPipeline
-from experiments.compositional import told
+from experiments.run import main
 from tests.toys import ROOT, SIZE, toy_model
 
 FOLDER = SHIPPED / "mini"
-CARD = (FOLDER / "README.md").read_text()
-RESULTS = json.loads((FOLDER / "results.json").read_text())
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.S)
 
 
 def test_it_is_shipped_and_takes_at_most_forty_megabytes() -> None:
@@ -63,12 +65,21 @@ def test_a_damaged_copy_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         load_model(tmp_path / "copy")
 
 
-@pytest.mark.parametrize("group", RESULTS["scores"]["hybrid"])
-def test_the_card_carries_the_measured_figures(group: str) -> None:
-    row = next(line for line in CARD.splitlines() if line.startswith(f"| {group} |"))
-    for source in ("real", "retrieval", "hybrid"):
-        for figure in re.findall(r"[\d.]+%", told(RESULTS["scores"][source][group])):
-            assert figure in row, (source, figure)
+def test_the_python_of_its_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(FOLDER / "README.md", "python")
+    exec(block, {})
+    assert Path("whale.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_its_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(blocks(ROOT / "docs/mini.md", "bash")).splitlines()
+    make, sheet, train = map(shlex.split, lines)  # what make does: below, and tests of the recipe
+    assert (make[:2], train) == (["make", "sample"], ["make", "train-mini"])
+    monkeypatch.chdir(ROOT)
+    assert main([*sheet[3:-1], f"out={tmp_path}/sheet.png", "steps=2"]) == 0
+    assert len(list(tmp_path.glob("sheet-*.png"))) == 48
 
 
 @pytest.mark.slow

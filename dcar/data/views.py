@@ -24,7 +24,7 @@ SIDE = 64  # of a view
 STORED = 72  # side of the drawings in memory
 IGNORED = -100  # a label that is not known; cross-entropy leaves it out
 LABELS = ("concept", "style", "count")
-KINDS = {"single": 6.0, "half": 2.5, "equal": 1.0, "different": 1.0}
+KINDS = {"plain": 10.0, "single": 6.0, "half": 2.5, "equal": 1.0, "different": 1.0}
 LAYOUTS: dict[int, list[list[Box]]] = {**GROUPS, 2: [*GROUPS[2], list(STACKED)]}
 OVERHANG = 0.12  # share of an object that may be cut off by the border
 SLIVER = 0.18  # of the side: what may be seen of a neighbour
@@ -126,7 +126,8 @@ class ViewSet:
 
     urls: shards of pictures with alpha under keys `style/slug`. concepts: the json of
         `read_names` with `phrase`, `category` and `keywords` of each.
-    kinds: weights of KINDS. single: one object, perhaps with a sliver of another. half: one half of
+    kinds: weights of KINDS. plain: one object as large as the picture, on white, as the drawings
+        are. single: one object, perhaps with a sliver of another. half: one half of
         a scene of two, cut to a square or stretched to one. equal: two to four of one drawing.
         different: two to four drawings of one style, so without a concept.
     softened: whether they look like generated pictures (`soften`).
@@ -197,6 +198,11 @@ class ViewSet:
             rng, size = random.Random(f"{self.seed}/order/{epoch}"), len(self.pieces)
             self._order = epoch, rng.sample(range(size), size)
         return self._order[1][place]
+
+    def _plain(self, piece: Piece, rng: random.Random) -> View:
+        canvas = Image.new("RGB", (SIDE, SIDE), "white")
+        piece.lay(canvas, (0, 0, SIDE, SIDE), rng)
+        return View(piece.key, canvas, piece.concept, piece.style, 0)
 
     def _single(self, piece: Piece, rng: random.Random) -> View:
         canvas, has_sliver = ground(rng), rng.random() < 0.3

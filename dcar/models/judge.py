@@ -74,7 +74,7 @@ class Levels(nn.Module):
 
 def head(width: int, hidden: int, out: int, *, dropout: float) -> nn.Sequential:
     return nn.Sequential(
-        nn.BatchNorm1d(width, affine=False),  # levels differ much in scale
+        nn.BatchNorm1d(width, affine=False, eps=1e-4),  # levels differ much in scale
         nn.Dropout(dropout),
         nn.Linear(width, hidden),
         nn.BatchNorm1d(hidden),
