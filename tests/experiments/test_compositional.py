@@ -88,9 +88,9 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_model_or_judge_is_exit_2_and_named(folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_missing_model_or_judge_is_named(folder: Path, tmp_path: Path, capsys) -> None:
     assert main(["--exp=eval/compositional", "ckpt=nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
     arguments = [f"ckpt={folder}", f"judge={tmp_path}/j.safetensors"]
-    assert main(["--exp=eval/compositional", *arguments]) == 2
+    assert main(["--exp=eval/compositional", *arguments]) == 3
     assert "j.safetensors" in capsys.readouterr().err
