@@ -23,7 +23,8 @@ def test_each_training_starts_from_the_one_before() -> None:
     assert configs["stage3"].init_from == "mini/stage2"
     assert configs["generator"].tokenizer_from == "mini/stage3"
     for config in configs.values():
-        assert config.size == 64 and config.tokenizer == configs["stage1"].tokenizer
+        assert config.size == 64 and config.num_codes == 2048
+        assert config.tokenizer.encoder == configs["stage1"].tokenizer.encoder
 
 
 @pytest.fixture(scope="module")
