@@ -100,7 +100,7 @@ class JudgeTraining(BaseModule):
         self.hits: dict[tuple[str, str], list[Tensor]] = {}  # by set and metric
 
     def losses(self, batch: dict[str, Any], batch_idx: int) -> Iterator[Losses]:
-        verdict = self.network.judge(*self.levels(batch))
+        verdict = self.network.judge(batch["image"], *self.levels(batch))
         labels = {name: batch[name] for name in LABELS}
         terms = judge_losses(verdict, labels, smoothing=self.smoothing, weights=self.weights)
         yield Losses(0, terms["loss"], terms)

@@ -57,10 +57,7 @@ class Levels(nn.Module):
         return torch.cat(pooled), torch.cat(maps)
 
     def _of_chunk(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        size = (self.side, self.side)
-        if image.shape[2:] != size:
-            image = F.interpolate(image, size, mode="bilinear", antialias=True)
-        hidden = ((image + 1) / 2 - self.network.mean) / self.network.std
+        hidden = ((_resized(image, self.side) + 1) / 2 - self.network.mean) / self.network.std
         hidden = hidden.contiguous(memory_format=torch.channels_last)
         pooled, last = [], hidden
         for number, layer in enumerate(self.network.layers):
@@ -70,6 +67,46 @@ class Levels(nn.Module):
             if number == self.ENDS[5]:
                 last = hidden
         return torch.cat(pooled, 1), last
+
+
+class Look(nn.Module):
+    """A small convolutional network for what a style is made of: outlines, shades, palette.
+
+    Images (B, 3, S, S) in [-1, 1], resized to `side` in here, to (B, 2 * sum(widths)): means and
+    deviations over the picture of the channels of each level, `widths` of them, each half as large
+    as the one before.
+    """
+
+    def __init__(self, *, side: int, widths: Sequence[int]):
+        super().__init__()
+        self.side = side
+        before = (3, *widths[:-1])
+        self.levels = nn.ModuleList(map(_look_level, before, widths))
+
+    def forward(self, image: Tensor) -> Tensor:
+        hidden = _resized(image, self.side).contiguous(memory_format=torch.channels_last)
+        pooled = []
+        for level in self.levels:
+            hidden = level(hidden)
+            pooled += [hidden.mean((2, 3)), hidden.std((2, 3), correction=0)]
+        return torch.cat(pooled, 1)
+
+
+def _look_level(before: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _resized(image: Tensor, side: int) -> Tensor:
+    if image.shape[2:] == (side, side):
+        return image
+    return F.interpolate(image, (side, side), mode="bilinear", antialias=True)
 
 
 def head(width: int, hidden: int, out: int, *, dropout: float) -> nn.Sequential:
@@ -85,11 +122,13 @@ def head(width: int, hidden: int, out: int, *, dropout: float) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Three heads on the levels of a frozen MobileNetV2: (B, 3, S, S) in [-1, 1] -> `Verdict`.
+    """Images (B, 3, S, S) in [-1, 1] -> `Verdict`. Three heads: concept and count on the levels of
+    a frozen MobileNetV2, style on a small network that is trained along, `Look`.
 
-    Any S, and pictures that are no squares: they are resized to `side` in here, a multiple of 32.
-    concepts, styles: names of the logits, in their order. hidden: widths of the heads' one hidden
-    layer, by the heads' names. dropout: before both layers of each head.
+    Any S, and pictures that are no squares: they are resized in here, to `side`, a multiple of 32,
+    and to `look`'s own. concepts, styles: names of the logits, in their order. look: arguments of
+    `Look`. hidden: widths of the heads' one hidden layer, by the heads' names. dropout: before both
+    layers of each head.
     Raises ValueError for another side, and where a name comes twice.
     """
 
@@ -99,6 +138,7 @@ class Judge(nn.Module):
         concepts: Sequence[str],
         styles: Sequence[str],
         side: int,
+        look: Mapping[str, Any],
         hidden: Mapping[str, int],
         dropout: float = 0.0,
     ):
@@ -109,20 +149,21 @@ class Judge(nn.Module):
             if len(set(names)) < len(names):
                 raise ValueError(f"{len(names)} names, {len(set(names))} of them different")
         self.concepts, self.styles = tuple(concepts), tuple(styles)
-        self.shape = {"side": side, "hidden": dict(hidden)}
-        self.levels = Levels(side)
+        self.shape = {"side": side, "look": {**look}, "hidden": {**hidden}}
+        self.levels, self.look = Levels(side), Look(**look)
         width, cells = Levels.WIDTH, (side // 32) ** 2
         make = partial(head, dropout=dropout)
         self.concept = make(width, hidden["concept"], len(concepts))
-        self.style = make(width, hidden["style"], len(styles))
+        self.style = make(2 * sum(look["widths"]), hidden["style"], len(styles))
         self.count = make(Levels.PLACED * cells, hidden["count"], COUNTS)
 
     def forward(self, image: Tensor) -> Verdict:
-        return self.judge(*self.levels(image))
+        return self.judge(image, *self.levels(image))
 
-    def judge(self, pooled: Tensor, placed: Tensor) -> Verdict:
-        """From what `levels` gives."""
-        return Verdict(self.concept(pooled), self.style(pooled), self.count(placed.flatten(1)))
+    def judge(self, image: Tensor, pooled: Tensor, placed: Tensor) -> Verdict:
+        """Of images of which `levels` gave the other two."""
+        style = self.style(self.look(image))
+        return Verdict(self.concept(pooled), style, self.count(placed.flatten(1)))
 
 
 def judge_losses(

@@ -43,9 +43,10 @@ def data() -> JudgeData:
 
 def module() -> JudgeTraining:
     torch.manual_seed(0)
-    shape = {"side": 32, "hidden": {"concept": 32, "style": 16, "count": 16}}
+    shape = {"side": 32, "look": {"side": 32, "widths": [8, 8]}}
+    hidden = {"concept": 32, "style": 16, "count": 16}
     return JudgeTraining(
-        judge=partial(Judge, **shape),
+        judge=partial(Judge, **shape, hidden=hidden),
         concepts=CONCEPTS,
         smoothing=0.1,
         weights={"concept": 1.0, "style": 0.5, "count": 0.5},

@@ -19,12 +19,13 @@ from tests.toys import ROOT
 
 CONCEPTS, STYLES = ("whale", "apple", "clock"), ("noto", "3d")
 WEIGHTS = {"concept": 1.0, "style": 0.5, "count": 2.0}
+LOOK = {"side": 32, "widths": [4, 6]}
 EMOJI = ROOT / "assets/emoji"
 
 
 def small(concepts: tuple[str, ...] = CONCEPTS, **options) -> Judge:
     hidden = {"concept": 12, "style": 8, "count": 8}
-    shape = {"side": 32, "hidden": hidden} | options
+    shape = {"side": 32, "look": LOOK, "hidden": hidden} | options
     return Judge(concepts=concepts, styles=STYLES, **shape)
 
 
@@ -72,6 +73,8 @@ def test_a_head_without_labels_loses_nothing_and_learns_nothing() -> None:
     terms["loss"].backward()
     concept, style = judge.concept[-1].weight.grad, judge.style[-1].weight.grad
     assert concept is not None and not concept.any() and style is not None and style.any()
+    first = next(judge.look.parameters()).grad
+    assert first is not None and first.any()  # what a style looks like is learned from the pixels
 
 
 def test_a_few_steps_lower_the_loss() -> None:
