@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcar.errors import CheckpointError
 from dcar.models.generator import HybridGenerator
 from dcar.models.sampler import SamplerSettings
 from dcar.models.tokenizer import HybridTokenizer
-from dcar.models.weights_io import SHIPPED
+from dcar.models.weights_io import SHIPPED, save_tensors
 
 COMPONENTS = (
     "dcar.models.autoencoder.Encoder",
@@ -220,7 +220,7 @@ def save_model(
         if part != "text_encoder" or is_saved(module):
             weights = module.state_dict().items()
             state = {name: narrowed(f"{part}.{name}", value, dtype) for name, value in weights}
-            save_file(state, folder / f"{part}.safetensors")
+            save_tensors(state, folder / f"{part}.safetensors")
     config = model.config | ({"lineage": dict(lineage)} if lineage else {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

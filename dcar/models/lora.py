@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcar.errors import CheckpointError
 from dcar.models.checkpoints import Model, is_saved, load_strictly
 from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
+from dcar.models.weights_io import save_tensors
 
 TARGETS = (
     "attention.qkv",
@@ -168,7 +168,7 @@ class Adapter:
         weights = {PREFIX + name: tensor.contiguous() for name, tensor in self.weights.items()}
         # one entry, because several would be written in any order
         about = json.dumps({"base": asdict(self.base), "settings": asdict(self.settings)})
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"dcar": about})
+        save_tensors(weights, folder / "adapter_model.safetensors", metadata={"dcar": about})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":

@@ -1,9 +1,11 @@
 """Weights of the frozen networks: files shipped in dcar/weights, and modules that only compute."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 
@@ -39,3 +41,13 @@ def load_constants(module: nn.Module, name: str, path: str | Path | None = None)
         )
     module.load_state_dict(load_file(path))
     as_constants(module)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """One .safetensors file with the rights of any new file; the library's is its owner's alone."""
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

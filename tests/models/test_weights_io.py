@@ -1,13 +1,15 @@
 """Frozen networks: they compute, move, and are part of nothing that is saved or trained."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dcar.models.weights_io import as_constants, load_constants
+from dcar.models.weights_io import as_constants, load_constants, save_tensors
 
 
 def small() -> nn.Sequential:
@@ -49,3 +51,16 @@ def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     with pytest.raises(FileNotFoundError, match=r"weights_build lpips_vgg --out .*mine"):
         load_constants(small(), "lpips_vgg", path)
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o007, 0o660)])
+def test_a_file_has_the_rights_of_any_new_file(umask: int, rights: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors({"a": torch.arange(3)}, tmp_path / "a.safetensors", {"b": "c"})
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == rights
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"b": "c"} and torch.equal(file.get_tensor("a"), torch.arange(3))
