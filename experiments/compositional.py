@@ -151,9 +151,10 @@ def settings_of(config: DictConfig, pipeline: DCARPipeline) -> SamplerSettings:
 
 
 def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
-    """Draw and judge all prompts; write results.json, index.html and a sheet; return the results.
+    """Draw and judge all prompts; write results.json, table.md, index.html and sheet.png.
 
-    Raises CheckpointError and FileNotFoundError for a model or judge that cannot be read.
+    Returns the results. Raises CheckpointError and FileNotFoundError for a model or judge that
+    cannot be read.
     """
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     settings, side = settings_of(config, pipeline), pipeline.model.size
@@ -204,6 +205,7 @@ def write(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "table.md").write_text(markdown_table(score_rows(results)))
     content = [summary(results), *galleries(asked, pictures, findings, shown)]
     (folder / "index.html").write_text(html.page("What the pictures show", *content), "utf-8")
     rows = [row for group in (*PAIRS, *SCENES) for row in rows_of(asked, group)[:8]]
@@ -228,11 +230,11 @@ def told(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.1%}" for name, value in figures)
 
 
-def summary(results: Mapping[str, Any]) -> Html:
-    """The scores of every source, side by side."""
-    scored, settings = results["scores"], results["settings"]
-    rows = [
-        [f"{group}: {named(name)}", scored["real"][group]["images"]]
+def score_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The scores of every source, side by side; the first row names the columns."""
+    scored = results["scores"]
+    rows = [["", "images", *SOURCES]] + [
+        [f"{group}: {named(name)}", str(scored["real"][group]["images"])]
         + [f"{scored[source][group][name]:.1%}" for source in SOURCES]
         for group, shares in scored["real"].items()
         for name in shares
@@ -243,14 +245,24 @@ def summary(results: Mapping[str, Any]) -> Html:
         rows.append(["mean of the six groups of scenes", "", *total])
     fid = results["fid_mobilenetv2"]
     fids = ["–", "–", f"{fid['discrete']:.1f}", f"{fid['hybrid']:.1f}"]
-    rows.append(["FID on MobileNetV2 features, single drawings", fid["images"], *fids])
+    return [*rows, ["FID on MobileNetV2 features, single drawings", str(fid["images"]), *fids]]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row names the columns."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def summary(results: Mapping[str, Any]) -> Html:
+    settings, (columns, *rows) = results["settings"], score_rows(results)
     return html.section(
         "Scores",
         f"{results['checkpoint']}: {results['images']} prompts, {settings['steps']} steps, "
         f"guidance {settings['guidance']}, seeds from {results['seed']}; "
         f"{results['seconds_per_image']:.2f} s an image on {results['device']}. An object counts "
         "as there if its concept is among the judge's five likeliest of 1,898.",
-        html.table(["", "images", *SOURCES], rows),
+        html.table(columns, rows),
         html.join(
             html.element("p", f"{name}: {words}.", css="note") for name, words in SOURCES.items()
         ),

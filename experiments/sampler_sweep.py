@@ -21,6 +21,7 @@ from experiments.compositional import (
     Drawn,
     distances,
     draw,
+    markdown_table,
     open_pipeline,
     read_asked,
     settings_of,
@@ -104,10 +105,8 @@ def line_of(row: Mapping[str, Any]) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = header(rows[0])
-    lines = [names, ["---"] * len(names)]
-    lines += [[row["setting"], str(row["value"]), *cells(row)] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    values = ([row["setting"], str(row["value"]), *cells(row)] for row in rows)
+    return markdown_table([header(rows[0]), *values])
 
 
 def save_strips(

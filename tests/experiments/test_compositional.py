@@ -43,6 +43,17 @@ def test_results_say_what_was_measured_and_how(out: Path, folder: Path) -> None:
     assert results["fid_mobilenetv2"]["hybrid"] > 0 and results["judge"]
 
 
+def test_the_table_says_what_the_results_say(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text())
+    lines = (out / "table.md").read_text().splitlines()
+    assert lines[0] == "|  | images | real | retrieval | discrete | hybrid |"
+    shares = [results["scores"][source]["known"]["concept_top5"] for source in SOURCES]
+    told = " | ".join(f"{share:.1%}" for share in shares)
+    assert f"| known: concept top-5 | 3 | {told} |" in lines
+    assert lines[-1].startswith("| FID on MobileNetV2 features, single drawings | 5 | – | – |")
+    assert {line.count("|") for line in lines} == {7}
+
+
 def test_the_judge_is_better_on_true_pictures_than_on_a_random_model(out: Path) -> None:
     overall = json.loads((out / "results.json").read_text())["overall"]
     assert overall["real"] >= 0.5 and overall["hybrid"] == 0
