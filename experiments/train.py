@@ -103,7 +103,7 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
         (folder / "metrics.json").unlink(missing_ok=True)  # it says that all is done
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    fit(trainer, module, datamodule, resume)
     if module.validated_step != trainer.global_step and not options.dry_run:
         trainer.validate(module, datamodule=datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -112,6 +112,19 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
             export(module, config)
         write_facts(trainer, module, metrics, config)
     return metrics
+
+
+def fit(
+    trainer: Trainer, module: BaseModule, datamodule: LightningDataModule, resume: Path | None
+) -> None:
+    """Raises RuntimeError for what would pass for bad input, but comes when steps were taken."""
+    first = read_checkpoint(resume, mapped=True)["global_step"] if resume else 0
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    except (ValueError, TypeError) as error:
+        if trainer.global_step <= first:
+            raise
+        raise RuntimeError(f"after step {trainer.global_step}: {error}") from error
 
 
 def write_facts(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -181,6 +182,27 @@ class FailAtTheEnd(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         raise OSError("no room for the export")
+
+
+class FailAtStep(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise ValueError("shapes do not match")
+
+
+def test_an_error_amid_a_training_is_no_wrong_setting(tmp_path: Path, capsys) -> None:
+    """Before the first step it is one line and exit 2, after it a traceback."""
+    command = ["--exp=smoke/stage1", f"outputs={tmp_path}", "data.num_workers=0", "max_steps=2"]
+    command += ["warmup_steps=0", "save_every=1"]
+    command += [f"+callbacks.fault._target_={__name__}.FailAtStep"]
+    assert main([*command, "+callbacks.fault.step=0"]) == 2
+    assert "error: shapes do not match" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="after step 1: shapes do not match"):
+        main([*command, "+callbacks.fault.step=1"])
+    assert main([*command, "--ckpt=auto", "+callbacks.fault.step=1"]) == 2  # its first, resumed
 
 
 def test_a_longer_run_that_did_not_come_to_its_end_is_not_taken_for_finished(
