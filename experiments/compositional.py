@@ -151,7 +151,7 @@ def settings_of(config: DictConfig, pipeline: DCARPipeline) -> SamplerSettings:
 
 
 def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
-    """Draw and judge all prompts; write results.json, table.md, index.html and sheet.png.
+    """Draw and judge all prompts; write results.json, table.md, index.html and two sheets.
 
     Returns the results. Raises CheckpointError and FileNotFoundError for a model or judge that
     cannot be read.
@@ -214,10 +214,24 @@ def write(
     )
     facts = {"checkpoint": results["checkpoint"], "seed": results["seed"]} | results["settings"]
     save_png(sheet, folder / "sheet.png", facts)
+    save_png(side_by_side(asked, pictures), folder / "residual.png", facts)
     for source, groups in results["scores"].items():
         figures = ", ".join(f"{name}: {told(shares)}" for name, shares in groups.items())
         rank_zero_info(f"{source}: {figures}")
     rank_zero_info(f"{folder / 'index.html'}")
+
+
+def side_by_side(
+    asked: Sequence[Asked], pictures: Mapping[str, Sequence[Image.Image]]
+) -> Image.Image:
+    """The first single drawings: true, by the codes alone, with the residual; a row each."""
+    rows = [row for group in PAIRS for row in rows_of(asked, group)[:4]]
+    shown = [(source, row) for source in ("real", "discrete", "hybrid") for row in rows]
+    return captioned_grid(
+        [pictures[source][row] for source, row in shown],
+        [f"{source}: {asked[row].caption}" for source, row in shown],
+        columns=len(rows),
+    )
 
 
 def rows_of(asked: Sequence[Asked], group: str) -> list[int]:

@@ -143,7 +143,7 @@ def curve_png(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Concepts found among the judge's five likeliest, and FID, over the values of a setting."""
     figure = Figure(figsize=(9.2, 2.9), dpi=DPI, layout="constrained", facecolor=LIGHT.paper)
     label = name.replace("_", " ")
-    values = [float(row["value"]) for row in rows]
+    values = [row["value"] for row in rows]  # names too, which come side by side
     shares, fid = figure.subplots(1, 2)
     dress(shares, LIGHT, title="Concept among the five likeliest", x_label=label, y_label="share")
     for color, group in zip(LIGHT.lines, rows[0]["scores"], strict=False):

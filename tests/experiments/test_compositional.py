@@ -65,7 +65,9 @@ def test_the_page_shows_every_group_and_needs_nothing_else(out: Path) -> None:
         assert f"<h2>{group.capitalize()}</h2>" in page
     assert page.count("<img") == 3 * (2 + 6) and "http://" not in page
     with Image.open(out / "sheet.png") as sheet:
-        assert json.loads(json.dumps(sheet.text))["steps"] == "2"
+        assert sheet.text["steps"] == "2"
+    with Image.open(out / "residual.png") as sheet, Image.open(out / "sheet.png") as other:
+        assert sheet.width / other.width == (3 + 2) / 8 and sheet.text == other.text
 
 
 def test_retrieval_of_a_known_caption_is_its_own_picture(folder: Path) -> None:

@@ -23,22 +23,27 @@ def folder(tmp_path_factory) -> Path:
 
 def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> None:
     vary = ["vary.steps=[1,3]", "vary.guidance=[0.0,2.0,4.0]"]
-    others = ["vary.randomize_temperature=null", "vary.residual_temperature=null"]
+    vary += ["vary.selection=[confidence,halton]"]
+    others = [f"vary.{name}_temperature=null" for name in ("randomize", "residual")]
+    others += ["vary.guidance_decay=null"]
     arguments = [f"ckpt={folder}", f"out={tmp_path}", *SMALL, *vary, *others]
     assert main(["--exp=eval/sweep", *arguments]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     tried = [(row["setting"], row["value"]) for row in results["rows"]]
-    assert tried == [("steps", 1), ("steps", 3), *(("guidance", g) for g in (0.0, 2.0, 4.0))]
+    guidance = [("guidance", value) for value in (0.0, 2.0, 4.0)]
+    selection = [("selection", name) for name in ("confidence", "halton")]
+    assert tried == [("steps", 1), ("steps", 3), *guidance, *selection]
     for row in results["rows"]:
         assert row["images"] == 4 and set(row["scores"]) == {"known", "heldout"}
         assert row["fid_mobilenetv2"]["hybrid"] > 0 and row["seconds_per_image"] > 0
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert len(lines) == 2 + 5 and lines[2].startswith("| steps | 1 |")
+    assert len(lines) == 2 + 7 and lines[2].startswith("| steps | 1 |")
     assert len({line.count("|") for line in lines}) == 1
     with Image.open(tmp_path / "guidance.png") as strips:
         assert strips.height > strips.width  # three values, two prompts
-    with Image.open(tmp_path / "steps_curve.png") as curve:
-        assert curve.width > 1000
+    for name in ("steps", "selection"):
+        with Image.open(tmp_path / f"{name}_curve.png") as curve:
+            assert curve.width > 1000
 
 
 @pytest.mark.parametrize(
