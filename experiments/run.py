@@ -84,6 +84,8 @@ def run(arguments: Sequence[str]) -> None:
 
 NOTICES = (
     "litlogger",
+    "litmodels",
+    "`fast_dev_run`",
     "weights_only",
     " available: ",
     "Automatic Mixed Precision",

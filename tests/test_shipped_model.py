@@ -1,5 +1,6 @@
 """The model in the package: small enough, whole, found by name, and as good as its card says."""
 
+import json
 import os
 import re
 import shlex
@@ -13,8 +14,10 @@ from safetensors import safe_open
 
 from dcar.errors import CheckpointError
 from dcar.models.checkpoints import PARTS, load_model, save_model, shipped_models
+from dcar.models.judge import load_judge
 from dcar.models.weights_io import SHIPPED
 from dcar.pipeline import DCARPipeline
+from experiments.compositional import markdown_table, score_rows
 from experiments.run import main
 from tests.toys import ROOT, SIZE, toy_model
 
@@ -70,6 +73,14 @@ def test_the_python_of_its_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (block,) = blocks(FOLDER / "README.md", "python")
     exec(block, {})
     assert Path("whale.png").is_file()
+
+
+@pytest.mark.parametrize("page", [FOLDER / "README.md", ROOT / "docs/mini.md"])
+def test_its_pages_carry_the_results_that_come_with_it(page: Path) -> None:
+    results = json.loads((FOLDER / "results.json").read_text())
+    assert results["checkpoint"] == "mini" and results["images"] == 200 + 489 + 6 * 40
+    assert results["judge"] == load_judge().figures
+    assert markdown_table(score_rows(results)) in page.read_text()
 
 
 @pytest.mark.slow

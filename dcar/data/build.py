@@ -236,7 +236,11 @@ class _Build:
             for shard, pixels in zip(part.shards, part.sizes, strict=True):
                 sizes[shard.name] = np.array(pixels, dtype=np.uint16).reshape(-1, 2)
         if not sizes:
-            dropped = {split: tally.dropped for split, tally in tallies.items()}
+            dropped = ", ".join(
+                f"{reason}: {count} of {split}"
+                for split, tally in tallies.items()
+                for reason, count in tally.dropped.items()
+            )
             raise DataError(f"no sample is left to write; dropped: {dropped}")
         splits = {split: asdict(tally) for split, tally in tallies.items()}
         facts = {"build": self.folder.settings, "versions": self.folder.versions}

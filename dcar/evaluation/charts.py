@@ -97,7 +97,17 @@ def dress(axes: Axes, theme: Theme, *, title: str, x_label: str, y_label: str) -
 def _draw_curve(axes: Axes, curve: Curve, start: int, label: str, color: str, style: str) -> None:
     steps = np.array(curve.steps) + start
     if len(steps) < DENSE:
-        axes.plot(steps, curve.values, style, color=color, label=label, marker=".", markersize=5)
+        axes.plot(
+            steps,
+            curve.values,
+            style,
+            color=color,
+            label=label,
+            marker="o",
+            markersize=4,
+            markerfacecolor="none" if style == "--" else color,
+            clip_on=False,  # one validation of a training is a point at its end
+        )
         return
     axes.plot(steps, curve.values, color=color, alpha=0.25, linewidth=0.7)
     axes.plot(steps, smooth(curve.values), style, color=color, label=label, linewidth=1.6)

@@ -19,7 +19,10 @@ def warmup_cosine(
     Raises ValueError unless 0 <= warmup_steps < total_steps and 0 <= final_ratio <= 1.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps={warmup_steps} must be in [0, total_steps={total_steps})")
+        raise ValueError(
+            f"warmup_steps={warmup_steps} must be in [0, total_steps={total_steps}): "
+            "a shorter training needs a shorter warm-up"
+        )
     if not 0 <= final_ratio <= 1:
         raise ValueError(f"final_ratio={final_ratio} must be in [0, 1]")
 

@@ -184,6 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         is_file = given.out.suffix == ".safetensors"
         path = given.out if is_file else given.out / f"{name}.safetensors"
         build(name, path, archive=given.archive, is_full=given.full)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

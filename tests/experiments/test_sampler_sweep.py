@@ -25,7 +25,7 @@ def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> N
     vary = ["vary.steps=[1,3]", "vary.guidance=[0.0,2.0,4.0]"]
     vary += ["vary.selection=[confidence,halton]"]
     others = [f"vary.{name}_temperature=null" for name in ("randomize", "residual")]
-    others += ["vary.guidance_decay=null"]
+    others += ["vary.guidance_decay=null", "vary.residual_guidance=null"]
     arguments = [f"ckpt={folder}", f"out={tmp_path}", *SMALL, *vary, *others]
     assert main(["--exp=eval/sweep", *arguments]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
