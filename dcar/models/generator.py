@@ -68,21 +68,23 @@ class HybridGenerator(nn.Module):
         text_mask (B, L) bool, True = a real token. `caption_drop` None means the constructor's:
         pass 0 to evaluate. `accuracy` is over masked tokens.
 
-        In training mode all means are over the batches of all ranks and of all parts of the step,
-        so that averaged gradients equal those of one process with the whole batch. In evaluation
-        mode nothing waits for another rank, and `token` is the plain cross-entropy of the masked
-        tokens: no label smoothing, no weight on the others.
+        In training mode the means in `loss` are over the batches of all ranks and of all parts of
+        the step, so that averaged gradients equal those of one process with the whole batch; the
+        others are of this batch alone. In evaluation mode nothing waits for another rank, and
+        `token` is the plain cross-entropy of the masked tokens: no label smoothing, no weight on
+        the others.
         """
         mask = self._draw_mask(ids, draws)  # (B, N)
         masked = self._mean_masked(ids, mask, draws)
         drop = self.caption_drop if caption_drop is None else caption_drop
         text = self._drop_captions(text, drop, draws)
         output = self.transformer(self._hide(ids, mask), text, text_mask)
-        terms = self._token_terms(output.logits, ids.flatten(1), mask, masked)
+        loss, terms = self._token_terms(output.logits, ids.flatten(1), mask, masked)
         if self.residual_head is None:
-            return {"loss": terms["token"], **terms}
-        terms["residual"] = self._residual_term(residual, output, mask, masked, draws)
-        return {"loss": terms["token"] + self.residual_weight * terms["residual"], **terms}
+            return {"loss": loss, **terms}
+        term = self._residual_term(residual, output, mask, masked, draws)
+        own = term if self.residual_positions == "all" else term * masked / mask.sum()
+        return {"loss": loss + self.residual_weight * term, **terms, "residual": own}
 
     def _draw_mask(self, ids: Tensor, draws: Draws) -> Tensor:
         batch, tokens = ids.flatten(1).shape
@@ -112,7 +114,8 @@ class HybridGenerator(nn.Module):
 
     def _token_terms(
         self, logits: Tensor, ids: Tensor, mask: Tensor, masked: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The term of the loss, over `masked` tokens, and what this batch's own tokens give."""
         unmasked_weight = self.unmasked_weight if self.training else 0.0
         total, _ = masked_token_loss(
             logits,
@@ -122,8 +125,11 @@ class HybridGenerator(nn.Module):
             unmasked_weight=unmasked_weight,
         )
         correct = ((logits.detach().argmax(2) == ids) & mask).sum()
-        weight = masked + unmasked_weight * (mask.numel() - masked)
-        return {"token": total / weight, "accuracy": correct / masked}
+        own = mask.sum()
+        weight, own_weight = (
+            number + unmasked_weight * (mask.numel() - number) for number in (masked, own)
+        )
+        return total / weight, {"token": total / own_weight, "accuracy": correct / own}
 
     def _residual_term(
         self,

@@ -57,7 +57,7 @@ def test_the_loss_is_the_token_loss_plus_the_weighted_residual_loss() -> None:
 def test_without_a_head_the_token_loss_is_the_loss() -> None:
     terms = build(has_head=False).losses(*data(), Draws(0))
     assert set(terms) == {"loss", "token", "accuracy"}
-    assert terms["loss"] is terms["token"]
+    assert torch.equal(terms["loss"], terms["token"])
 
 
 def test_training_starts_at_the_loss_of_a_uniform_guess() -> None:
@@ -65,6 +65,24 @@ def test_training_starts_at_the_loss_of_a_uniform_guess() -> None:
     torch.nn.init.zeros_(generator.transformer.output.weight)
     terms = generator.losses(*data(), Draws(0))
     assert terms["token"].item() == pytest.approx(math.log(12), abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_what_is_told_of_a_part_is_the_mean_of_its_own_tokens(positions: str) -> None:
+    """The loss is a share of the step's, larger where more tokens are masked than elsewhere."""
+    generator = build(residual_positions=positions, unmasked_weight=0.0)
+    torch.nn.init.zeros_(generator.transformer.output.weight)
+    parts = [generator.losses(*data(), Draws(0, part=part, parts=2)) for part in range(2)]
+    for terms in parts:
+        assert terms["token"].item() == pytest.approx(math.log(12), abs=1e-5)
+        assert 0 <= terms["accuracy"] <= 1
+    shares = [(terms["loss"] - terms["residual"]).item() for terms in parts]
+    if positions == "all":
+        assert shares[0] != pytest.approx(shares[1], abs=1e-2)
+        assert sum(shares) / 2 == pytest.approx(math.log(12), abs=1e-5)
+    else:  # all loss terms are shares of the same tokens
+        ratios = [terms["loss"] / (terms["token"] + terms["residual"]) for terms in parts]
+        assert sum(ratios).item() / 2 == pytest.approx(1, abs=1e-5)
 
 
 def test_ids_at_masked_positions_do_not_leak_into_the_hidden_states() -> None:
