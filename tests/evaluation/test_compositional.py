@@ -149,12 +149,14 @@ def test_scores_are_shares_of_each_group() -> None:
     )
 
 
+@pytest.mark.slow
 def test_true_scenes_are_mostly_found_right(asked: list[Asked], examiner: Examiner) -> None:
     found = scores(asked, examiner.findings(asked, [one.real for one in asked]))
     assert overall(found) >= 0.6
     assert found["single object"]["right"] >= 0.8 and found["colours"]["right"] >= 0.6
 
 
+@pytest.mark.slow
 def test_pictures_of_other_prompts_are_found_wrong(asked: list[Asked], examiner: Examiner) -> None:
     others = [one.real for one in asked]
     others = others[EACH // 2 :] + others[: EACH // 2]

@@ -95,6 +95,7 @@ def test_a_picture_does_not_depend_on_its_batch(folder: Path) -> None:
         assert one.tobytes() == other.tobytes()
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     arguments = [f"ckpt={folder}", f"out={tmp_path / 'out'}", *SMALL]
     assert main(["--exp=eval/compositional", *arguments, "--dry-run"]) == 0

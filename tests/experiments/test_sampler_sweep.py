@@ -21,6 +21,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> None:
     vary = ["vary.steps=[1,3]", "vary.guidance=[0.0,2.0,4.0]"]
     vary += ["vary.selection=[confidence,halton]"]

@@ -193,6 +193,7 @@ class FailAtStep(Callback):
             raise ValueError("shapes do not match")
 
 
+@pytest.mark.slow
 def test_an_error_amid_a_training_is_no_wrong_setting(tmp_path: Path, capsys) -> None:
     """Before the first step it is one line and exit 2, after it a traceback."""
     command = ["--exp=smoke/stage1", f"outputs={tmp_path}", "data.num_workers=0", "max_steps=2"]
