@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -134,10 +135,19 @@ class Processes:
                 worker.join()
 
 
+def _exit_code(worker: SpawnProcess) -> int | None:
+    """None where it does not end. The pool's thread may have asked the system first, which tells
+    only one: the code is known to this thread a moment later."""
+    worker.join(5)
+    for _ in range(100):
+        if worker.exitcode is not None:
+            break
+        time.sleep(0.01)
+    return worker.exitcode
+
+
 def _obituary(workers: Sequence[SpawnProcess]) -> str:
-    for worker in workers:
-        worker.join(5)
-    ends = [(worker.pid, worker.exitcode) for worker in workers]  # the pool ends the others: -15
+    ends = [(worker.pid, _exit_code(worker)) for worker in workers]  # the pool ends the others: -15
     ends = [(pid, code) for pid, code in ends if code not in (None, 0, -signal.SIGTERM)] or ends
     pid, code = ends[0]
     how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"

@@ -166,7 +166,7 @@ def test_odd_samples_are_dropped_or_left_to_the_builder(tmp_path: Path) -> None:
         ("0/d", None),
     ]
     assert found[3].caption == "caf\udce9"
-    with pytest.raises(DataError, match="caption is not UTF-8': 1"):
+    with pytest.raises(DataError, match="caption is not UTF-8: 1 of train"):
         build_shards(WebDatasetShards(str(tmp_path)), tmp_path / "out")
 
 
