@@ -20,8 +20,10 @@ def settings_of(config: DictConfig, run: str) -> DictConfig:
     name = f"{config.recipe}/{run}"
     own = load_config(name)
     steps = config.steps[run] or own.max_steps
-    warmup = min(own.warmup_steps, steps // 4)  # also where only a few are asked for
-    overrides = [f"max_steps={steps}", f"seed={config.seed}", f"warmup_steps={warmup}"]
+    overrides = [f"max_steps={steps}", f"seed={config.seed}"]
+    for phase in ("warmup_steps", "cooldown_steps"):
+        if phase in own:  # also where only a few steps are asked for
+            overrides.append(f"{phase}={min(own[phase], steps // 4)}")
     overrides += [f"outputs={config.outputs}", *shlex.split(config.overrides or "")]
     return load_config(name, overrides)
 

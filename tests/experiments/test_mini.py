@@ -6,9 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from dcar.pipeline import DCARPipeline
+from experiments.components import build
 from experiments.config import load_config
+from experiments.recipe import settings_of
 from tests.toys import ROOT
 
 RUNS = ("stage1", "stage2", "stage3", "generator")
@@ -25,6 +28,15 @@ def test_each_training_starts_from_the_one_before() -> None:
     for config in configs.values():
         assert config.size == 64 and config.num_codes == 2048
         assert config.tokenizer.encoder == configs["stage1"].tokenizer.encoder
+
+
+@pytest.mark.parametrize("steps", [1, 30, 6000, 20000])
+def test_the_generator_s_phases_fit_into_any_number_of_steps(steps: int) -> None:
+    config = load_config("mini", [f"steps.generator={steps}"])
+    settings = settings_of(config, "generator")
+    assert settings.max_steps == steps
+    assert settings.cooldown_steps == min(3000, steps // 4)
+    build(settings.module.schedule)(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
 
 
 @pytest.fixture(scope="module")
