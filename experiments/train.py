@@ -88,8 +88,7 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     module: BaseModule = build(config.module)
     module.plain_config = model_config(config)
     module.run_config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    if resume is not None:  # Lightning's own error lists no shapes
-        load_strictly(module, read_checkpoint(resume)["state_dict"], source=resume)
+    first = load_weights(module, resume)
     trainer = build_trainer(config, module, options, resume=resume)
     if not options.dry_run:
         module.lineage = lineage_of(
@@ -103,7 +102,7 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
         (folder / "metrics.json").unlink(missing_ok=True)  # it says that all is done
-    fit(trainer, module, datamodule, resume)
+    fit(trainer, module, datamodule, resume, first=first)
     if module.validated_step != trainer.global_step and not options.dry_run:
         trainer.validate(module, datamodule=datamodule, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -114,11 +113,24 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     return metrics
 
 
+def load_weights(module: BaseModule, resume: Path | None) -> int:
+    """The step of the checkpoint, if any. Lightning loads it too; its own error lists no shapes."""
+    if resume is None:
+        return 0
+    checkpoint = read_checkpoint(resume)
+    load_strictly(module, checkpoint["state_dict"], source=resume)
+    return int(checkpoint["global_step"])
+
+
 def fit(
-    trainer: Trainer, module: BaseModule, datamodule: LightningDataModule, resume: Path | None
+    trainer: Trainer,
+    module: BaseModule,
+    datamodule: LightningDataModule,
+    resume: Path | None,
+    *,
+    first: int,
 ) -> None:
     """Raises RuntimeError for what would pass for bad input, but comes when steps were taken."""
-    first = read_checkpoint(resume, mapped=True)["global_step"] if resume else 0
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     except (ValueError, TypeError) as error:

@@ -63,7 +63,7 @@ class Levels(nn.Module):
         for number, layer in enumerate(self.network.layers):
             hidden = layer(hidden)
             if number in self.ENDS:
-                pooled += [hidden.mean((2, 3)), hidden.std((2, 3), correction=0)]
+                pooled += _moments(hidden)
             if number == self.ENDS[5]:
                 last = hidden
         return torch.cat(pooled, 1), last
@@ -88,7 +88,7 @@ class Look(nn.Module):
         pooled = []
         for level in self.levels:
             hidden = level(hidden)
-            pooled += [hidden.mean((2, 3)), hidden.std((2, 3), correction=0)]
+            pooled += _moments(hidden)
         return torch.cat(pooled, 1)
 
 
@@ -101,6 +101,11 @@ def _look_level(before: int, width: int) -> nn.Sequential:
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
     )
+
+
+def _moments(hidden: Tensor) -> list[Tensor]:
+    """Mean and deviation of each channel over the picture, (B, C) each."""
+    return [hidden.mean((2, 3)), hidden.std((2, 3), correction=0)]
 
 
 def _resized(image: Tensor, side: int) -> Tensor:
