@@ -144,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(stop)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except SystemExit as stop:  # what Lightning makes of Ctrl-C before and after the training loop
         if isinstance(stop.__context__, KeyboardInterrupt):
             return 130

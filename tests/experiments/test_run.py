@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,7 +14,7 @@ from dcar.errors import Interrupted
 from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.last_checkpoint import LastCheckpoint
 from experiments.run import main, parse
-from tests.toys import ToyData, toy_stage, toy_trainer
+from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
 
 
 @pytest.mark.parametrize(
@@ -139,3 +140,9 @@ def test_another_way_out_is_left_as_it_is(monkeypatch) -> None:
     as_task(monkeypatch, lambda config, options: sys.exit(7))
     with pytest.raises(SystemExit, match="7"):
         main(COMMAND)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    line = f"set -o pipefail; {sys.executable} -u -m experiments.run --list | head -1"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 141 and done.stderr == "" and done.stdout.count("\n") == 1
