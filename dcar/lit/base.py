@@ -101,9 +101,12 @@ class BaseModule(SteppingModule):
         """Training batches from the start of the stream; the trainer's own position stays."""
         return self.trainer.datamodule.preview_batches()  # type: ignore[attr-defined]
 
-    def load_network(self, path: str | Path, *, expected: tuple[str, ...]) -> dict[str, Tensor]:
+    def load_network(
+        self, path: str | Path, *, expected: tuple[str, ...], without: tuple[str, ...] = ()
+    ) -> dict[str, Tensor]:
         """Start from the (averaged) network of a checkpoint that one of `expected` modules wrote.
 
+        without: parts of the network that stay as they are here, whatever the checkpoint holds.
         Returns the checkpoint's whole state dict. Raises CheckpointError naming both modules where
         another one wrote it, and the differing keys where the architecture is another.
         """
@@ -113,7 +116,10 @@ class BaseModule(SteppingModule):
                 f"{path} was written by {checkpoint['dcar']['module']}; "
                 f"{type(self).__name__} starts from {' or '.join(expected)}"
             )
-        load_strictly(self.network, checkpoint["network"], source=path)
+        prefixes = tuple(f"{part}." for part in without)
+        own = {k: v for k, v in self.network.state_dict().items() if k.startswith(prefixes)}
+        given = {k: v for k, v in checkpoint["network"].items() if not k.startswith(prefixes)}
+        load_strictly(self.network, own | given, source=path)
         return checkpoint["state_dict"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

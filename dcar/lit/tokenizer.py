@@ -58,6 +58,7 @@ class TokenizerModule(BaseModule):
     discrete_prob: float
     trainable: tuple[str, ...]
     starts_from: tuple[str, ...]
+    starts_anew: tuple[str, ...] = ()  # parts that the stage before has not trained
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class TokenizerModule(BaseModule):
             self._start_from(init_from)
 
     def _start_from(self, path: str | Path) -> None:
-        state = self.load_network(path, expected=self.starts_from)
+        state = self.load_network(path, expected=self.starts_from, without=self.starts_anew)
         prefix = "discriminator."
         weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if self.discriminator is not None and weights:
@@ -208,11 +209,15 @@ class TokenizerStage1(TokenizerModule):
 
 
 class TokenizerStage2(TokenizerModule):
-    """Discrete learning: everything trains through the codes."""
+    """Discrete learning: everything trains through the codes.
+
+    One stage 1 serves any quantizer and size of codebook: it has trained none.
+    """
 
     discrete_prob = 1.0
     trainable = ("encoder", "quantizer", "decoder")
     starts_from = ("TokenizerStage1",)
+    starts_anew = ("quantizer",)
 
 
 class TokenizerStage3(TokenizerModule):

@@ -8,7 +8,15 @@ from torch import nn
 
 from dcar.errors import CheckpointError
 from dcar.lit.base import train_only
-from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer
+from dcar.models.quantizer import VectorQuantizer
+from tests.toys import (
+    CODES,
+    ToyData,
+    toy_masked_generator,
+    toy_stage,
+    toy_tokenizer,
+    toy_trainer,
+)
 
 
 def test_train_only_freezes_and_evaluates_the_rest() -> None:
@@ -40,6 +48,21 @@ def test_another_architecture_is_refused_with_its_keys(tmp_path: Path) -> None:
     trainer.save_checkpoint(path)
     with pytest.raises(CheckpointError, match="running_mean"):
         toy_stage(2, init_from=path)
+
+
+@pytest.mark.parametrize("codes", [CODES, 2 * CODES])
+def test_a_codebook_of_any_size_starts_from_one_stage_1(tmp_path: Path, codes: int) -> None:
+    path = tmp_path / "stage1.ckpt"
+    trainer, first = toy_trainer(1), toy_stage(1)
+    trainer.fit(first, datamodule=ToyData())
+    trainer.save_checkpoint(path)
+    tokenizer = toy_tokenizer()
+    tokenizer.quantizer = VectorQuantizer(num_codes=codes, dim=tokenizer.latent_channels)
+    codebook = tokenizer.quantizer.codebook.detach().clone()
+    second = toy_stage(2, init_from=path, tokenizer=tokenizer)
+    assert torch.equal(second.network.quantizer.codebook, codebook)
+    for name, tensor in first.network.encoder.state_dict().items():
+        assert torch.equal(second.network.encoder.state_dict()[name], tensor), name
 
 
 def test_draws_depend_on_seed_epoch_and_batch_alone() -> None:
