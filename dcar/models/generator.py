@@ -82,7 +82,7 @@ class HybridGenerator(nn.Module):
         loss, terms = self._token_terms(output.logits, ids.flatten(1), mask, masked)
         if self.residual_head is None:
             return {"loss": loss, **terms}
-        term = self._residual_term(residual, output, mask, masked, draws)
+        term = self._residual_term(residual, ids.flatten(1), output, mask, masked, draws)
         own = term if self.residual_positions == "all" else term * masked / mask.sum()
         return {"loss": loss + self.residual_weight * term, **terms, "residual": own}
 
@@ -134,6 +134,7 @@ class HybridGenerator(nn.Module):
     def _residual_term(
         self,
         residual: Tensor,
+        ids: Tensor,
         output: TransformerOutput,
         mask: Tensor,
         masked: Tensor,
@@ -142,5 +143,7 @@ class HybridGenerator(nn.Module):
         assert self.residual_head is not None
         target = rearrange(residual, "b c h w -> b (h w) c")
         if self.residual_positions == "all":
-            return self.residual_head.loss(target, output.hidden, draws)
-        return self.residual_head.loss(target, output.hidden, draws, mask=mask, count=masked)
+            return self.residual_head.loss(target, output.hidden, draws, ids=ids)
+        return self.residual_head.loss(
+            target, output.hidden, draws, ids=ids, mask=mask, count=masked
+        )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -39,6 +40,11 @@ class BaseResidualHead(nn.Module, ABC):
     or a checkpoint gives it, and loss and sample then raise ValueError. Measure it as the standard
     deviation of the residuals over the training images.
 
+    The condition is a position's hidden state alone, as in DC-AR. With `num_codes`, the size of the
+    codebook, it is the normalised hidden state and an embedding of the position's own code, as in
+    HART (arXiv 2410.10812): the residual depends on which code it is left by. `loss` and `sample`
+    then need `ids`.
+
     The arithmetic around the denoiser is always fp32. `full_precision` (default) also keeps the
     denoiser itself out of a surrounding autocast; without it the matrix products follow autocast,
     which is several times faster on a GPU.
@@ -57,6 +63,7 @@ class BaseResidualHead(nn.Module, ABC):
         scale: float | None,
         batch_mul: int,
         full_precision: bool,
+        num_codes: int | None,
     ):
         super().__init__()
         if batch_mul < 1:
@@ -65,6 +72,10 @@ class BaseResidualHead(nn.Module, ABC):
         self.denoiser = Denoiser(
             channels=channels, outputs=outputs, dim=dim, width=width, depth=depth
         )
+        self.code_embedding: nn.Embedding | None = None
+        if num_codes is not None:
+            self.code_embedding = nn.Embedding(num_codes, width)
+            nn.init.zeros_(self.code_embedding.weight)
         self.register_buffer("scale", torch.tensor(math.nan))
         self._is_scale_known = False
         if scale is not None:
@@ -102,12 +113,14 @@ class BaseResidualHead(nn.Module, ABC):
         hidden: Tensor,
         draws: Draws,
         *,
+        ids: Tensor | None = None,
         mask: Tensor | None = None,
         count: Tensor | None = None,
     ) -> Tensor:
         """Mean loss over all positions, or over those of `mask` (B, N): a scalar in fp32.
 
-        residual (B, N, C) unscaled; hidden (B, N, D), gradients flow into it. Every position is
+        residual (B, N, C) unscaled; hidden (B, N, D), gradients flow into it; ids (B, N) int64, the
+        codes that the residuals go with, read by a head with `num_codes` alone. Every position is
         used `batch_mul` times with different noise. With a mask the sum over its positions is
         divided by `count`, a scalar: by the number of its positions where that is None.
         """
@@ -115,7 +128,7 @@ class BaseResidualHead(nn.Module, ABC):
         batch, tokens, _ = residual.shape
         with self._precision(hidden):
             start = repeat(residual.float() / self.scale, "b n c -> (b k n) c", k=self.batch_mul)
-            condition = self.denoiser.condition_embedding(self._input(hidden))  # (B, N, W)
+            condition = self._condition(hidden, ids)  # (B, N, W)
             condition = repeat(condition, "b n w -> (b k n) w", k=self.batch_mul)
 
             def denoise(noisy: Tensor, time: Tensor) -> Tensor:
@@ -136,22 +149,23 @@ class BaseResidualHead(nn.Module, ABC):
         hidden: Tensor,
         *,
         noise: Noise,
+        ids: Tensor | None = None,
         guidance: float = 0.0,
         hidden_uncond: Tensor | None = None,
         temperature: float = 1.0,
         clip: bool | None = None,
         steps: int | None = None,
     ) -> Tensor:
-        """Residuals (B, N, C), unscaled, fp32, for hidden states (B, N, D).
+        """Residuals (B, N, C), unscaled, fp32, for hidden states (B, N, D) and ids (B, N).
 
         guidance s uses (1 + s) * conditional - s * unconditional and needs `hidden_uncond`; 0 skips
         the unconditional half. `clip` and `steps` None mean the head's own. Raises ValueError when
-        the scale was never set or hidden_uncond is missing.
+        the scale was never set, or hidden_uncond or ids are missing.
         """
         self._require_scale()
         batch, tokens, _ = hidden.shape
         with self._precision(hidden):
-            denoise = self._guided_denoiser(hidden, hidden_uncond, guidance)
+            denoise = self._guided_denoiser(hidden, hidden_uncond, ids, guidance)
 
             def rows(count: int) -> Tensor:
                 drawn = noise.randn(count, tokens, self.channels).to(hidden.device)
@@ -164,13 +178,18 @@ class BaseResidualHead(nn.Module, ABC):
         return rearrange(sampled, "(b n) c -> b n c", b=batch)
 
     def _guided_denoiser(
-        self, hidden: Tensor, hidden_uncond: Tensor | None, guidance: float
+        self,
+        hidden: Tensor,
+        hidden_uncond: Tensor | None,
+        ids: Tensor | None,
+        guidance: float,
     ) -> Denoise:
         if guidance and hidden_uncond is None:
             raise ValueError(f"guidance {guidance} needs hidden_uncond")
         both = [hidden] if hidden_uncond is None or not guidance else [hidden, hidden_uncond]
         # the condition does not change from step to step, nor does the time from row to row
-        condition = self.denoiser.condition_embedding(self._input(torch.cat(both)).flatten(0, 1))
+        codes = None if ids is None else ids.repeat(len(both), 1)
+        condition = self._condition(torch.cat(both), codes).flatten(0, 1)
 
         def denoise(noisy: Tensor, time: Tensor) -> Tensor:
             output = self.denoiser(noisy.repeat(len(both), 1), time, condition).float()
@@ -181,8 +200,14 @@ class BaseResidualHead(nn.Module, ABC):
 
         return denoise
 
-    def _input(self, hidden: Tensor) -> Tensor:
-        return hidden.to(self.denoiser.input.weight.dtype)
+    def _condition(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
+        hidden = hidden.to(self.denoiser.input.weight.dtype)
+        if self.code_embedding is None:
+            return self.denoiser.condition_embedding(hidden)  # (B, N, W)
+        if ids is None:
+            raise ValueError("a residual head with num_codes needs ids")
+        normed = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
+        return self.denoiser.condition_embedding(normed) + self.code_embedding(ids)
 
     def _precision(self, hidden: Tensor) -> contextlib.AbstractContextManager[object]:
         return without_autocast(hidden) if self.full_precision else contextlib.nullcontext()
@@ -246,6 +271,7 @@ class ResidualHead(BaseResidualHead):
         clip_denoised: bool = True,
         batch_mul: int = 4,
         full_precision: bool = True,
+        num_codes: int | None = None,
     ):
         super().__init__(
             channels=channels,
@@ -256,6 +282,7 @@ class ResidualHead(BaseResidualHead):
             scale=scale,
             batch_mul=batch_mul,
             full_precision=full_precision,
+            num_codes=num_codes,
         )
         self.train_steps, self.sample_steps = train_steps, sample_steps
         self.clip_denoised = clip_denoised
@@ -317,6 +344,7 @@ class FlowResidualHead(BaseResidualHead):
         solver: str = "heun",
         batch_mul: int = 4,
         full_precision: bool = True,
+        num_codes: int | None = None,
     ):
         super().__init__(
             channels=channels,
@@ -327,6 +355,7 @@ class FlowResidualHead(BaseResidualHead):
             scale=scale,
             batch_mul=batch_mul,
             full_precision=full_precision,
+            num_codes=num_codes,
         )
         if solver not in ("euler", "heun"):
             raise ValueError(f"solver {solver!r} is neither 'euler' nor 'heun'")

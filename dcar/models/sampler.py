@@ -173,6 +173,7 @@ def sample(
     residual = generator.residual_head.sample(
         hidden,
         noise=noise,
+        ids=ids.flatten(1),
         guidance=settings.guidance_of_residual,
         hidden_uncond=hidden_uncond,
         temperature=settings.residual_temperature,

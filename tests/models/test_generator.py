@@ -11,6 +11,7 @@ from torch import Tensor
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
 from dcar.models.residual_head import ResidualHead
+from dcar.models.sampler import SamplerSettings, sample
 from dcar.models.transformer import MaskedTransformer
 from tests.toys import START
 
@@ -52,6 +53,23 @@ def test_the_loss_is_the_token_loss_plus_the_weighted_residual_loss() -> None:
     assert set(terms) == {"loss", "token", "residual", "accuracy"}
     assert all(term.shape == () for term in terms.values())
     assert torch.allclose(terms["loss"], terms["token"] + 3 * terms["residual"])
+
+
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_a_head_that_is_told_codes_gets_those_of_its_positions(positions: str) -> None:
+    generator = build(residual_positions=positions)
+    generator.residual_head = head = ResidualHead(
+        channels=3, dim=16, width=8, depth=1, scale=0.2, num_codes=12
+    )
+    torch.nn.init.normal_(head.denoiser.output.weight)
+    torch.nn.init.normal_(head.denoiser.output_modulation.weight)
+    ids, residual, text, text_mask = data(1)
+    generator.losses(ids, residual, text, text_mask, Draws(0))["residual"].backward()
+    assert head.code_embedding is not None and head.code_embedding.weight.grad is not None
+    met = (head.code_embedding.weight.grad != 0).any(1)
+    assert met.any() and not met[[code not in ids for code in range(12)]].any()
+    tokens = sample(generator, text, text_mask, grid=(3, 4), seeds=[0], settings=SamplerSettings())
+    assert tokens.residual is not None and tokens.residual.isfinite().all()
 
 
 def test_without_a_head_the_token_loss_is_the_loss() -> None:

@@ -49,6 +49,36 @@ def test_a_head_without_a_scale_refuses_to_train_and_to_sample(kind: type) -> No
     assert head.loss(residual, hidden, Draws(0)).isfinite()
 
 
+@HEADS
+def test_a_head_that_is_told_codes_starts_without_them_and_then_follows_them(kind: type) -> None:
+    torch.manual_seed(0)
+    head, (residual, hidden) = build(kind, num_codes=7), data()
+    ids = torch.randint(0, 7, (4, 6))
+
+    def sample(ids: Tensor) -> Tensor:
+        noise = ImageNoise(range(4))
+        return head.sample(hidden, noise=noise, ids=ids, guidance=1.0, hidden_uncond=-hidden)
+
+    assert torch.equal(sample(ids), sample((ids + 1) % 7))
+    head.loss(residual, hidden, Draws(0), ids=ids).backward()
+    met = head.code_embedding.weight.grad.abs().sum(1) > 0
+    assert met.tolist() == [code in ids for code in range(7)]
+    torch.nn.init.normal_(head.code_embedding.weight)
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % 7
+    moved = (sample(ids) != sample(changed)).any(2)
+    assert moved[0, 0] and moved.sum() == 1
+
+
+@HEADS
+def test_a_head_that_is_told_codes_asks_for_them(kind: type) -> None:
+    head, (residual, hidden) = build(kind, num_codes=7), data()
+    with pytest.raises(ValueError, match="ids"):
+        head.loss(residual, hidden, Draws(0))
+    with pytest.raises(ValueError, match="ids"):
+        head.sample(hidden, noise=ImageNoise(range(4)))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
 def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match="scale"):
