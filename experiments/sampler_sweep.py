@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,19 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
     if options.dry_run:
         tried, asked = {name: values[:1] for name, values in tried.items()}, asked[:2]
     folder, rows = Path(config.out), []
+    facts = {"checkpoint": config.ckpt, "seed": config.seed, "base": asdict(base)}
+    measured = cache(partial(measure, config, pipeline, examiner, asked))  # the base comes again
     for name, values in tried.items():
         strips = []
         for settings in values:
-            row, drawn = measure(config, pipeline, examiner, asked, settings)
-            row = {"setting": name, "value": getattr(settings, name), **row}
+            figures, drawn = measured(settings)
+            row = {"setting": name, "value": getattr(settings, name), **figures}
             rank_zero_info(line_of(row))
             rows.append(row)
             strips.append(drawn.hybrid)
         if not options.dry_run:
             save_strips(folder, name, values, asked, strips, config.pictures)
-    if not options.dry_run:
-        write(folder, rows, {"checkpoint": config.ckpt, "seed": config.seed, "base": asdict(base)})
+            write(folder, rows, facts)  # after each setting: it takes long, and may be stopped
     return rows
 
 
@@ -77,6 +79,7 @@ def measure(
     asked: Sequence[Asked],
     settings: SamplerSettings,
 ) -> tuple[dict[str, Any], Drawn]:
+    """The figures of a row, and what was drawn for it."""
     drawn = draw(pipeline, asked, settings, seed=config.seed, batch_size=config.batch_size)
     scored = scores(asked, examiner.findings(asked, drawn.hybrid))
     row = {
