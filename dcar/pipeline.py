@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcar.evaluation.pictures import to_pil
 from dcar.models.checkpoints import Model, load_model, save_model
-from dcar.models.sampler import Tokens, sample
+from dcar.models.sampler import SamplerSettings, Tokens, sample
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,8 +20,8 @@ AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float1
 class DCARPipeline:
     """A tokenizer, a generator and a text encoder behind one call (docs/method.md section 9).
 
-    precision: float32, bfloat16 or float16, of the autocast that everything but the quantizer,
-        the residual head and the text encoder runs in.
+    precision: float32, bfloat16 or float16, of the autocast that everything but the quantizer, the
+        text encoder and a residual head with `full_precision` runs in.
     """
 
     def __init__(
@@ -75,12 +75,7 @@ class DCARPipeline:
             raise ValueError(f"seeds has {len(seeds)} entries for {len(prompts)} prompts")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        given = self.model.sampler
-        settings = replace(
-            given,
-            steps=given.steps if steps is None else steps,
-            guidance=given.guidance if guidance is None else guidance,
-        )
+        settings = self.settings(steps=steps, guidance=guidance)
         grid = self._grid("height", height), self._grid("width", width)
         options = {"grid": grid, "settings": settings, "on_step": on_step}
         images: list[Image] = []
@@ -88,6 +83,11 @@ class DCARPipeline:
             tokens = self.tokens(prompts[part], seeds=seeds[part], **options)
             images += [to_pil(image) for image in self.decode(tokens)]
         return images
+
+    def settings(self, **changes: Any) -> SamplerSettings:
+        """The model's own sampler but for `changes`, of which None changes nothing."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        return replace(self.model.sampler, **given)
 
     @torch.no_grad()
     def tokens(self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any) -> Tokens:
@@ -105,7 +105,8 @@ class DCARPipeline:
         return image.float().clamp(-1, 1)
 
     def _grid(self, name: str, pixels: int | None) -> int:
-        pixels, factor = pixels or self.model.size, self.model.tokenizer.downsample
+        pixels = self.model.size if pixels is None else pixels
+        factor = self.model.tokenizer.downsample
         if pixels <= 0 or pixels % factor:
             raise ValueError(f"{name}={pixels} must be a positive multiple of {factor}")
         return pixels // factor

@@ -4,7 +4,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from dcar.models.judge import load_judge
 from dcar.models.sampler import SamplerSettings, Tokens
 from dcar.pipeline import DCARPipeline, chunks
 from experiments.components import build
+from experiments.config import ConfigError
 from experiments.run import RunOptions
 from experiments.sample import find_model
 
@@ -146,19 +147,22 @@ def open_pipeline(config: DictConfig) -> DCARPipeline:
 
 def settings_of(config: DictConfig, pipeline: DCARPipeline) -> SamplerSettings:
     """The model's own, but for what is asked for."""
-    given = {key: config[key] for key in ("steps", "guidance") if config[key] is not None}
-    return replace(pipeline.model.sampler, **given)
+    return pipeline.settings(steps=config.steps, guidance=config.guidance)
 
 
 def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     """Draw and judge all prompts; write results.json, table.md, index.html and two sheets.
 
     Returns the results. Raises CheckpointError and FileNotFoundError for a model or judge that
-    cannot be read.
+    cannot be read, ConfigError where fewer than two single drawings are asked for.
     """
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     settings, side = settings_of(config, pipeline), pipeline.model.size
     asked = read_asked(config, side)
+    if pairs_in(asked) < 2:
+        raise ConfigError(
+            f"known={config.known} and heldout={config.heldout}: FID needs two pictures at least"
+        )
     if options.dry_run:
         asked = asked[:: max(1, len(asked) // 4)]
     rank_zero_info(f"{len(asked)} prompts, {settings.steps} steps, guidance {settings.guidance}")

@@ -1,6 +1,8 @@
 """The task of `--exp=sample`: prompts to PNG files that carry their settings."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -37,14 +39,15 @@ def read_prompts(prompt: object) -> list[str]:
 
 
 def find_folder(reference: str, outputs: str) -> Path:
-    """A model folder, a run's folder, an experiment's name, or the name of a shipped model."""
+    """A model folder, a run's folder, the name of a shipped model, or an experiment's name."""
     path = Path(reference)
-    folders = (path, path / "model", Path(outputs) / reference / "model")
+    folders = [path, path / "model"]
+    if reference in shipped_models():
+        folders.append(model_folder(reference))
+    folders.append(Path(outputs) / reference / "model")
     for folder in folders:
         if (folder / "config.json").is_file():
             return folder
-    if reference in shipped_models():
-        return model_folder(reference)
     raise CheckpointError(
         f"ckpt={reference} is no checkpoint, no model that comes with the package "
         f"({', '.join(shipped_models())}), and no config.json lies in "
@@ -93,6 +96,8 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
     prompts = read_prompts(config.prompt)
     if not prompts:
         raise ConfigError(f"prompt={config.prompt}: no prompt in it")
+    if config.images_per_prompt < 1:
+        raise ConfigError(f"images_per_prompt={config.images_per_prompt} must be at least 1")
     prompts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     paths = output_paths(config.out, len(prompts))
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,12 +113,19 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
         batch_size=1 if options.dry_run else config.batch_size,
     )
     if not options.dry_run:
-        write(pictures, prompts, paths, config)
+        facts = {"ckpt": config.ckpt, "precision": config.precision}
+        facts |= asdict(pipeline.settings(steps=config.steps, guidance=config.guidance))
+        write(pictures, prompts, paths, config, facts)
     return pictures
 
 
-def write(pictures: list[Image], prompts: list[str], paths: list[Path], config: DictConfig) -> None:
-    settings = {key: config[key] for key in ("ckpt", "steps", "guidance", "precision")}
+def write(
+    pictures: list[Image],
+    prompts: list[str],
+    paths: list[Path],
+    config: DictConfig,
+    settings: dict[str, Any],
+) -> None:
     for index, (picture, prompt, path) in enumerate(zip(pictures, prompts, paths, strict=True)):
         save_png(picture, path, {"prompt": prompt, "seed": config.seed + index, **settings})
         rank_zero_info(f"{path}: {prompt}")

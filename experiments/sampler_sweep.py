@@ -40,6 +40,8 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
     """
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     base = settings_of(config, pipeline)
+    if config.scenes:
+        raise ConfigError(f"scenes={config.scenes}: a sweep draws single drawings alone")
     tried = {
         name: [varied(base, name, value) for value in values]
         for name, values in config.vary.items()
@@ -121,7 +123,8 @@ def save_strips(
     shown: int,
 ) -> None:
     """The same prompts under every value: a row a value."""
-    rows = [number * len(asked) // shown for number in range(min(shown, len(asked)))]
+    shown = min(shown, len(asked))
+    rows = [number * len(asked) // shown for number in range(shown)]
     pictures = [strip[row] for strip in strips for row in rows]
     captions = [
         f"{name} {getattr(settings, name)}: {asked[row].caption}"

@@ -21,8 +21,8 @@ class HybridGenerator(nn.Module):
 
     `residual_head` None gives the discrete-only baseline. `caption_drop` is the probability that an
     image is trained without its caption, for guidance. `residual_positions` is "all" (DC-AR) or
-    "masked" (MAR). Raises ValueError for an unknown schedule or residual_positions, or for a
-    probability outside [0, 1].
+    "masked" (MAR). Raises ValueError for an unknown schedule or residual_positions, for a
+    probability outside [0, 1], or for a head that is told another number of codes.
     """
 
     def __init__(
@@ -47,6 +47,12 @@ class HybridGenerator(nn.Module):
             )
         if residual_positions not in ("all", "masked"):
             raise ValueError(f"residual_positions {residual_positions!r} is not 'all' or 'masked'")
+        known = residual_head.num_codes if residual_head is not None else None
+        if known not in (None, transformer.num_codes):
+            raise ValueError(
+                f"the residual head is told {known} codes, the transformer has "
+                f"{transformer.num_codes}"
+            )
         self.transformer, self.residual_head = transformer, residual_head
         self.label_smoothing, self.unmasked_weight = label_smoothing, unmasked_weight
         self.caption_drop, self.residual_weight = caption_drop, residual_weight

@@ -69,6 +69,7 @@ class BaseResidualHead(nn.Module, ABC):
         if batch_mul < 1:
             raise ValueError(f"batch_mul {batch_mul} is below 1")
         self.channels, self.batch_mul, self.full_precision = channels, batch_mul, full_precision
+        self.num_codes = num_codes
         self.denoiser = Denoiser(
             channels=channels, outputs=outputs, dim=dim, width=width, depth=depth
         )

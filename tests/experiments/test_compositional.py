@@ -70,6 +70,12 @@ def test_the_page_shows_every_group_and_needs_nothing_else(out: Path) -> None:
         assert sheet.width / other.width == (3 + 2) / 8 and sheet.text == other.text
 
 
+def test_too_few_single_drawings_for_fid_is_said_before_any_is_drawn(folder, tmp_path, capsys):
+    arguments = [f"ckpt={folder}", f"out={tmp_path}/out", *SMALL, "known=1", "heldout=0"]
+    assert main(["--exp=eval/compositional", *arguments]) == 2
+    assert "known=1 and heldout=0" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_retrieval_of_a_known_caption_is_its_own_picture(folder: Path) -> None:
     config = load_config("eval/compositional", ["heldout=0", "scenes=0", "known=5"])
     asked = read_asked(config, 32)

@@ -1,14 +1,15 @@
 """`--exp=sample`: prompts from the command line, a list or a file; PNGs that say what they are."""
 
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dcar.errors import CheckpointError
-from dcar.models.checkpoints import save_model
+from dcar.models.checkpoints import model_folder, save_model
 from experiments.run import main
-from experiments.sample import find_model, output_paths, read_prompts
+from experiments.sample import find_folder, find_model, output_paths, read_prompts
 from tests.toys import SIZE, toy_model
 
 
@@ -27,6 +28,18 @@ def test_one_prompt_gives_one_png_with_its_settings(folder: Path, tmp_path: Path
         assert picture.size == (SIZE, SIZE)
         assert picture.text["prompt"] == "a red apple, flat style" and picture.text["seed"] == "3"
         assert picture.text["steps"] == "2" and picture.text["guidance"] == "2"
+
+
+def test_the_model_s_own_sampler_is_used_and_told(tmp_path: Path) -> None:
+    save_model(toy_model(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["sampler"] |= {"steps": 3, "guidance": 0.5, "residual_temperature": 0.25}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    arguments = [f"ckpt={tmp_path}/model", "prompt=a", f"out={tmp_path}/a.png"]
+    assert main(["--exp=sample", *arguments]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text["steps"] == "3" and picture.text["guidance"] == "0.5"
+        assert picture.text["residual_temperature"] == "0.25"
 
 
 def test_a_file_of_prompts_gives_a_png_each_and_a_grid(folder: Path, tmp_path: Path) -> None:
@@ -66,6 +79,8 @@ def test_prompts_come_as_text_list_or_file(tmp_path: Path) -> None:
         ("precision=int4", "precision"),
         ("height=13", "height=13"),
         ("prompt=[]", "no prompt"),
+        ("height=0", "height=0"),
+        ("images_per_prompt=0", "images_per_prompt=0"),
     ],
 )
 def test_a_bad_value_is_exit_2_and_named(override: str, message: str, folder, tmp_path, capsys):
@@ -79,6 +94,12 @@ def test_an_experiment_s_name_finds_its_model(folder: Path) -> None:
     assert find_model(folder.name, str(folder.parent)).size == SIZE
     with pytest.raises(CheckpointError, match="ckpt=elsewhere"):
         find_model("elsewhere", str(folder.parent))
+
+
+def test_a_shipped_model_s_name_is_that_model_whatever_was_trained_since(tmp_path: Path) -> None:
+    save_model(toy_model(), tmp_path / "mini" / "model")
+    assert find_folder("mini", str(tmp_path)) == model_folder("mini")
+    assert find_folder(str(tmp_path / "mini"), str(tmp_path)) == tmp_path / "mini" / "model"
 
 
 def test_several_images_are_numbered_beside_the_grid() -> None:

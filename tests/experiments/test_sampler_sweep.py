@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dcar.evaluation.compositional import Asked
 from dcar.models.checkpoints import save_model
+from dcar.models.sampler import SamplerSettings
 from experiments.run import main
-from experiments.sampler_sweep import markdown
+from experiments.sampler_sweep import markdown, save_strips
 from tests.toys import toy_model
 
 SMALL = ["known=2", "heldout=2", "pictures=2", "batch_size=4"]
@@ -53,12 +55,26 @@ def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> N
         ("vary.steps=[0]", "vary.steps: steps 0"),
         ("+vary.speed=[1]", "vary.speed"),
         ("vary.steps=[a]", "vary.steps"),
+        ("scenes=1", "scenes=1"),
     ],
 )
 def test_a_setting_or_value_there_is_not_is_exit_2(vary, message, folder, tmp_path, capsys) -> None:
     arguments = [f"ckpt={folder}", f"out={tmp_path}/out", *SMALL, vary]
     assert main(["--exp=eval/sweep", *arguments]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("shown", "rows"), [(2, [0, 2]), (6, [0, 1, 2, 3])])
+def test_strips_show_different_prompts(shown: int, rows: list[int], tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (8, 8), (80 * number, 0, 0)) for number in range(4)]
+    asked = [
+        Asked("known", f"prompt {n}", ("a",), None, picture) for n, picture in enumerate(pictures)
+    ]
+    save_strips(tmp_path, "steps", [SamplerSettings()], asked, [pictures], shown)
+    with Image.open(tmp_path / "steps.png") as sheet:
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20)}
+    assert {(80 * row, 0, 0) for row in rows if row} <= colours
+    assert len(rows) == 4 or (240, 0, 0) not in colours
 
 
 def test_figures_of_a_row_stand_under_their_names() -> None:

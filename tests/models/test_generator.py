@@ -72,6 +72,13 @@ def test_a_head_that_is_told_codes_gets_those_of_its_positions(positions: str) -
     assert tokens.residual is not None and tokens.residual.isfinite().all()
 
 
+def test_a_head_that_is_told_another_codebook_is_refused() -> None:
+    transformer = build().transformer
+    head = ResidualHead(channels=3, dim=16, width=8, depth=1, num_codes=11)
+    with pytest.raises(ValueError, match="told 11 codes, the transformer has 12"):
+        HybridGenerator(transformer=transformer, residual_head=head)
+
+
 def test_without_a_head_the_token_loss_is_the_loss() -> None:
     terms = build(has_head=False).losses(*data(), Draws(0))
     assert set(terms) == {"loss", "token", "accuracy"}

@@ -64,6 +64,9 @@ def test_a_head_that_is_told_codes_starts_without_them_and_then_follows_them(kin
     met = head.code_embedding.weight.grad.abs().sum(1) > 0
     assert met.tolist() == [code in ids for code in range(7)]
     torch.nn.init.normal_(head.code_embedding.weight)
+    scaled = head.sample(3 * hidden, noise=ImageNoise(range(4)), ids=ids)
+    plain = head.sample(hidden, noise=ImageNoise(range(4)), ids=ids)
+    assert torch.allclose(scaled, plain, atol=1e-4)  # hidden states of any scale are normalised
     changed = ids.clone()
     changed[0, 0] = (ids[0, 0] + 1) % 7
     moved = (sample(ids) != sample(changed)).any(2)
