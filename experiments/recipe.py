@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
 
-from experiments.config import load_config
+from experiments.config import ConfigError, load_config
 from experiments.report import write_report
 from experiments.run import RunOptions
 from experiments.train import train
@@ -19,11 +19,13 @@ def settings_of(config: DictConfig, run: str) -> DictConfig:
     """The configuration of one of the trainings, with what the recipe says of all of them."""
     name = f"{config.recipe}/{run}"
     own = load_config(name)
-    steps = config.steps[run] or own.max_steps
+    steps = own.max_steps if config.steps[run] is None else config.steps[run]
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps.{run}={steps} must be a whole number of at least 1")
     overrides = [f"max_steps={steps}", f"seed={config.seed}"]
     for phase in ("warmup_steps", "cooldown_steps"):
-        if phase in own:  # also where only a few steps are asked for
-            overrides.append(f"{phase}={min(own[phase], steps // 4)}")
+        if phase in own:  # shorter in proportion where fewer steps are asked for
+            overrides.append(f"{phase}={min(own[phase], own[phase] * steps // own.max_steps)}")
     overrides += [f"outputs={config.outputs}", *shlex.split(config.overrides or "")]
     return load_config(name, overrides)
 

@@ -10,7 +10,7 @@ import torch
 
 from dcar.pipeline import DCARPipeline
 from experiments.components import build
-from experiments.config import load_config
+from experiments.config import ConfigError, load_config
 from experiments.recipe import settings_of
 from tests.toys import ROOT
 
@@ -32,11 +32,19 @@ def test_each_training_starts_from_the_one_before() -> None:
 
 @pytest.mark.parametrize("steps", [1, 30, 6000, 20000])
 def test_the_generator_s_phases_fit_into_any_number_of_steps(steps: int) -> None:
-    config = load_config("mini", [f"steps.generator={steps}"])
+    config, own = load_config("mini", [f"steps.generator={steps}"]), load_config("mini/generator")
     settings = settings_of(config, "generator")
     assert settings.max_steps == steps
-    assert settings.cooldown_steps == min(3000, steps // 4)
+    share = min(1.0, steps / own.max_steps)
+    assert settings.cooldown_steps == int(own.cooldown_steps * share)
+    assert settings.warmup_steps == int(own.warmup_steps * share)
     build(settings.module.schedule)(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "abc", "1.5"])
+def test_a_number_of_steps_that_is_none_is_named(steps: str) -> None:
+    with pytest.raises(ConfigError, match=f"steps.stage1={steps}"):
+        settings_of(load_config("mini", [f"steps.stage1={steps}"]), "stage1")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def test_what_the_recipe_says_goes_before_what_a_training_s_own_file_says() -> N
     assert settings_of(recipe, "stage2").max_steps == own.max_steps
     more = ["steps.stage2=40", "seed=3", "outputs=there", "overrides=batch_size=2 size=32"]
     settings = settings_of(load_config("quickstart", more), "stage2")
-    assert (settings.max_steps, settings.warmup_steps, settings.seed) == (40, 10, 3)
+    warmup_steps = own.warmup_steps * 40 // own.max_steps
+    assert (settings.max_steps, settings.warmup_steps, settings.seed) == (40, warmup_steps, 3)
     assert (settings.outputs, settings.batch_size, settings.size) == ("there", 2, 32)
     assert settings_of(recipe, "stage1").max_steps != 40
 
