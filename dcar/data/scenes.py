@@ -163,7 +163,8 @@ class SceneSet(ShardSet):
         `phrase`, `category` and `keywords` of each. Other samples of the shards are an error.
     scenes: how many there are; side: of a scene in pixels. kinds: weights of KINDS.
     coloured: share of single objects on a background that is not white.
-    Raises ValueError for an unknown kind and for a drawing that `concepts` does not know.
+    Raises ValueError for unknown kinds, for weights none of which is above 0, for drawings that a
+    kind cannot be made of, and for one that `concepts` does not know.
     """
 
     def __init__(
@@ -184,15 +185,27 @@ class SceneSet(ShardSet):
             raise ValueError(f"scenes={scenes} must be at least the {len(self.urls)} shards")
         self.side, self.seed, self.coloured = side, seed, coloured
         self.kinds = {name: weight for name, weight in kinds.items() if weight > 0}
+        if not self.kinds or min(kinds.values()) < 0:
+            raise ValueError(f"kinds {dict(kinds)} must be weights of 0 and more, one above 0")
         self.drawings = read_drawings(ShardSet(urls), concepts)
         self.countable = [d for d in self.drawings if d.subject.plural]
         by_style: dict[str, list[Drawing]] = {}
         for drawing in self.drawings:
             by_style.setdefault(drawing.subject.style, []).append(drawing)
         self.by_style = by_style
+        self._check_drawings()
         shards = len(self.urls)
         self.counts = [(scenes + number) // shards for number in range(shards)]
         self.offsets = [sum(self.counts[:number]) for number in range(shards)]
+
+    def _check_drawings(self) -> None:
+        """Raises ValueError where the drawings have nothing for a kind that is asked for."""
+        if "counting" in self.kinds and not self.countable:
+            raise ValueError("kinds has counting, and no drawing's name has a plural")
+        for kind in sorted({"position", "two_colours"} & set(self.kinds)):
+            for style, drawings in self.by_style.items():
+                if len({drawing.subject.phrase for drawing in drawings}) < 2:
+                    raise ValueError(f"kinds has {kind}: {style} needs drawings of two things")
 
     def scene(self, number: int) -> Scene:
         """Scene `number` of the set, the same every time."""

@@ -79,8 +79,9 @@ class SamplerSettings:
 
     @staticmethod
     def _check_weight(name: str, value: float | None) -> None:
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} {value} is not a finite number of at least 0")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} {value!r} is not a finite number of at least 0")
 
     @property
     def guidance_of_residual(self) -> float:

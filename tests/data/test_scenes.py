@@ -168,6 +168,8 @@ def plain(folder: Path) -> ShardSet:
     [
         ({"kinds": {"double": 1.0}}, "kinds names \\['double'\\]"),
         ({"scenes": 1}, "scenes=1 must be at least the 2 shards"),
+        ({"kinds": {"single": 0.0}}, "kinds .* must be weights of 0 and more, one above 0"),
+        ({"kinds": {"single": 1.0, "counting": -1.0}}, "kinds .* must be weights"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(drawings: Path, options, message: str) -> None:
@@ -179,3 +181,25 @@ def test_a_drawing_that_is_not_known_is_named(drawings: Path, tmp_path: Path) ->
     (tmp_path / "concepts.json").write_text("[]")
     with pytest.raises(ValueError, match="flat/apple is not in"):
         scenes(drawings, concepts=tmp_path / "concepts.json")
+
+
+@pytest.mark.parametrize(
+    "phrase, kind, message",
+    [
+        ("a whale", "position", "kinds has position: 3d style needs drawings of two things"),
+        ("a whale", "two_colours", "kinds has two_colours"),
+        ("the flag of Japan", "counting", "kinds has counting, and no drawing's name has a plural"),
+    ],
+)
+def test_drawings_that_a_kind_cannot_be_made_of_are_refused(
+    tmp_path: Path, phrase: str, kind: str, message: str
+) -> None:
+    picture = drawing((255, 0, 0))
+    samples = [{"__key__": "3d/it", "webp": picture, "txt": phrase.encode()}]
+    entries = write_shards(samples, tmp_path, prefix="train", samples_per_shard=4)
+    write_manifest(tmp_path, {"train": entries})
+    known = [{"slug": "it", "phrase": phrase, "category": "flags", "keywords": []}]
+    (tmp_path / "concepts.json").write_text(json.dumps(known))
+    assert scenes(tmp_path, kinds={"single": 1.0}).scene(0).placed
+    with pytest.raises(ValueError, match=message):
+        scenes(tmp_path, kinds={kind: 1.0})

@@ -32,6 +32,8 @@ from dcar.models.unmasking import (
         ("residual_temperature", -1.0),
         ("schedule", "sine"),
         ("guidance_decay", "cosine"),
+        ("guidance", "high"),
+        ("guidance", True),
         ("confidence", "logit"),
         ("selection", "best"),
         ("count_from", "rows"),
