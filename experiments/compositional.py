@@ -145,11 +145,6 @@ def open_pipeline(config: DictConfig) -> DCARPipeline:
     return DCARPipeline(model, device=device, precision=config.precision)
 
 
-def settings_of(config: DictConfig, pipeline: DCARPipeline) -> SamplerSettings:
-    """The model's own, but for what is asked for."""
-    return pipeline.settings(steps=config.steps, guidance=config.guidance)
-
-
 def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     """Draw and judge all prompts; write results.json, table.md, index.html and two sheets.
 
@@ -157,7 +152,8 @@ def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     cannot be read, ConfigError where fewer than two single drawings are asked for.
     """
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
-    settings, side = settings_of(config, pipeline), pipeline.model.size
+    settings = pipeline.settings(steps=config.steps, guidance=config.guidance)
+    side = pipeline.model.size
     asked = read_asked(config, side)
     if pairs_in(asked) < 2:
         raise ConfigError(

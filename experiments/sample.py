@@ -16,6 +16,7 @@ from dcar.models.checkpoints import (
     build_model,
     load_model,
     load_strictly,
+    load_tokenizer,
     model_folder,
     read_checkpoint,
     shipped_models,
@@ -74,10 +75,7 @@ def model_of_checkpoint(path: Path) -> Model:
     if model.text_encoder.trainable:
         network["text_encoder"] = model.text_encoder
     load_strictly(network, checkpoint["network"], source=path)
-    tokenizer_path = checkpoint["dcar"]["tokenizer_from"]
-    load_strictly(
-        model.tokenizer, read_checkpoint(tokenizer_path)["network"], source=tokenizer_path
-    )
+    load_tokenizer(checkpoint["dcar"]["tokenizer_from"], into=model.tokenizer)
     return model
 
 

@@ -25,7 +25,6 @@ from experiments.compositional import (
     markdown_table,
     open_pipeline,
     read_asked,
-    settings_of,
 )
 from experiments.config import ConfigError
 from experiments.run import RunOptions
@@ -39,7 +38,7 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
     Returns a row a value. Raises ConfigError for a setting or value that the sampler does not have.
     """
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
-    base = settings_of(config, pipeline)
+    base = pipeline.settings(steps=config.steps, guidance=config.guidance)
     if config.scenes:
         raise ConfigError(f"scenes={config.scenes}: a sweep draws single drawings alone")
     tried = {
@@ -64,6 +63,7 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
         if not options.dry_run:
             save_strips(folder, name, values, asked, strips, config.pictures)
             write(folder, rows, facts)  # after each setting: it takes long, and may be stopped
+            (folder / f"{name}_curve.png").write_bytes(curve_png(name, rows[-len(values) :]))
     return rows
 
 
@@ -139,9 +139,6 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, A
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     (folder / "table.md").write_text(markdown(rows))
-    for name in dict.fromkeys(row["setting"] for row in rows):
-        own = [row for row in rows if row["setting"] == name]
-        (folder / f"{name}_curve.png").write_bytes(curve_png(name, own))
     rank_zero_info(f"{folder / 'table.md'}")
 
 

@@ -18,7 +18,9 @@ from dcar.models.judge import load_judge
 from dcar.models.weights_io import SHIPPED
 from dcar.pipeline import DCARPipeline
 from experiments.compositional import markdown_table, score_rows
+from experiments.config import load_config
 from experiments.run import main
+from experiments.train import model_config
 from tests.toys import ROOT, SIZE, toy_model
 
 FOLDER = SHIPPED / "mini"
@@ -38,6 +40,13 @@ def test_its_weights_are_stored_in_half_precision() -> None:
         with safe_open(FOLDER / f"{part}.safetensors", framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 assert file.get_slice(name).get_dtype() in ("F16", "I64", "BOOL"), name
+
+
+def test_its_recipe_trains_that_very_model() -> None:
+    shipped = json.loads((FOLDER / "config.json").read_text())
+    recipe = model_config(load_config("mini/generator"))
+    for part in (*PARTS, "sampler", "size"):
+        assert recipe[part] == shipped[part], part
 
 
 def test_its_config_names_no_place_of_a_machine() -> None:

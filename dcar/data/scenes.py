@@ -91,6 +91,15 @@ class Scene:
         }
 
 
+def weighed(kinds: Mapping[str, float], *, known: Mapping[str, float]) -> dict[str, float]:
+    """The kinds that come at all. Raises ValueError for unknown ones and impossible weights."""
+    if unknown := sorted(set(kinds) - set(known)):
+        raise ValueError(f"kinds names {unknown}; there is {sorted(known)}")
+    if not any(kinds.values()) or min(kinds.values()) < 0:
+        raise ValueError(f"kinds {dict(kinds)} must be weights of 0 and more, one above 0")
+    return {name: weight for name, weight in kinds.items() if weight > 0}
+
+
 def shade(name: str, rng: random.Random) -> tuple[int, ...]:
     """A colour a little off the usual one of its name; white and black stay."""
     colour = COLOURS[name]
@@ -179,14 +188,10 @@ class SceneSet(ShardSet):
         coloured: float = 0.3,
     ):
         super().__init__(urls)
-        if unknown := sorted(set(kinds) - set(KINDS)):
-            raise ValueError(f"kinds names {unknown}; there is {sorted(KINDS)}")
         if scenes < len(self.urls):
             raise ValueError(f"scenes={scenes} must be at least the {len(self.urls)} shards")
         self.side, self.seed, self.coloured = side, seed, coloured
-        self.kinds = {name: weight for name, weight in kinds.items() if weight > 0}
-        if not self.kinds or min(kinds.values()) < 0:
-            raise ValueError(f"kinds {dict(kinds)} must be weights of 0 and more, one above 0")
+        self.kinds = weighed(kinds, known=KINDS)
         self.drawings = read_drawings(ShardSet(urls), concepts)
         self.countable = [d for d in self.drawings if d.subject.plural]
         by_style: dict[str, list[Drawing]] = {}

@@ -16,7 +16,17 @@ from PIL import Image, ImageOps
 
 from dcar.data.batches import Batch
 from dcar.data.scene_words import COLOURS
-from dcar.data.scenes import BESIDE, GROUPS, STACKED, Box, cut_out, lay, read_drawings, shade
+from dcar.data.scenes import (
+    BESIDE,
+    GROUPS,
+    STACKED,
+    Box,
+    cut_out,
+    lay,
+    read_drawings,
+    shade,
+    weighed,
+)
 from dcar.data.shard_set import ShardSet
 from dcar.data.softening import soften
 
@@ -145,12 +155,10 @@ class ViewSet:
         softened: bool = True,
         distinct: int | None = None,
     ):
-        if unknown := sorted(set(kinds) - set(KINDS)):
-            raise ValueError(f"kinds names {unknown}; there is {sorted(KINDS)}")
         self.shards, self.names = ShardSet(urls), read_names(concepts)
         self.seed, self.softened, self.distinct = seed, softened, distinct
         self._kept: dict[int, View] = {}
-        self.kinds = {name: weight for name, weight in kinds.items() if weight > 0}
+        self.kinds = weighed(kinds, known=KINDS)
         self.pieces = list(self._pieces(concepts))
         self.by_style: dict[int, list[Piece]] = {}
         for piece in self.pieces:

@@ -239,6 +239,7 @@ def test_batches_are_taken_up_where_a_training_stopped(drawings: Path) -> None:
     "options, message",
     [
         ({"kinds": {"double": 1.0}}, "kinds names \\['double'\\]"),
+        ({"kinds": {"plain": 0.0}}, "kinds .* must be weights of 0 and more, one above 0"),
         ({"batch_size": 0}, "batch_size 0 and batches 4"),
     ],
 )
