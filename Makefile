@@ -33,7 +33,7 @@ train-mini: $(STAMP)  ## train the shipped model anew, from nothing; goes on whe
 test: test-fast  ## every test, the slow ones too; at the end README.md's commands, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder \
 		--ignore=tests/test_readme.py tests/experiments tests
-	$(BIN)/python -m pytest tests/test_readme.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup tests/test_readme.py
 
 test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto

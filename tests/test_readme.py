@@ -1,5 +1,6 @@
 """Every command of README.md, run as it stands there (with other folders for its output)."""
 
+import fcntl
 import json
 import os
 import re
@@ -42,16 +43,32 @@ def run(line: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `make quickstart` has been run; DCAR_WORKPLACE names one to use again."""
-    folder = Path(os.environ.get("DCAR_WORKPLACE") or tmp_path_factory.mktemp("readme"))
-    (folder / "pictures").mkdir(exist_ok=True)
-    for number in range(20):
-        (folder / "pictures" / f"{number}.jpg").write_bytes(picture(str(number)))
-        (folder / "pictures" / f"{number}.txt").write_text(f"picture {number}")
-    command = ["make", "-C", str(ROOT), "quickstart", f"OUTPUTS={folder}/outputs"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    """A folder in which `make quickstart` has been run, the same one for every process of pytest.
+
+    DCAR_WORKPLACE names a folder to use again.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = Path(os.environ.get("DCAR_WORKPLACE") or base / "readme")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it done
+        if not (folder / "pictures").exists():
+            done = quickstart(folder)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            (folder / "pictures").mkdir()
+            for number in range(20):
+                (folder / "pictures" / f"{number}.jpg").write_bytes(picture(str(number)))
+                (folder / "pictures" / f"{number}.txt").write_text(f"picture {number}")
     return folder
+
+
+def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
+    """As a user runs it: with all cores, whatever this process of pytest was given."""
+    command = ["make", "-C", str(ROOT), "quickstart", f"OUTPUTS={folder}/outputs"]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def metrics(workplace: Path) -> dict:
@@ -81,12 +98,12 @@ def test_right_captions_beat_shuffled_ones_on_pairs_never_seen(workplace: Path) 
 def test_a_second_quickstart_trains_nothing_again(workplace: Path) -> None:
     path = workplace / "outputs/quickstart/generator_64/checkpoints/last.ckpt"
     before = path.stat().st_mtime_ns
-    command = ["make", "-C", str(ROOT), "quickstart", f"OUTPUTS={workplace}/outputs"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = quickstart(workplace)
     assert done.returncode == 0 and path.stat().st_mtime_ns == before
     assert "report:" in done.stdout + done.stderr
 
 
+@pytest.mark.xdist_group("runs")  # in their order: some take what those before them made
 @pytest.mark.parametrize("line", RUNS)
 def test_a_command_runs(line: str, workplace: Path) -> None:
     done = run(line, workplace)

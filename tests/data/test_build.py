@@ -271,6 +271,7 @@ class LargeSource(GivenSource):
             yield record(number, image=picture(0) + os.urandom(2**20))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_few_pictures_whatever_the_length_of_a_unit(tmp_path: Path) -> None:
     tracemalloc.start()
     try:

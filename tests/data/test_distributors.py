@@ -39,6 +39,7 @@ def children() -> list[psutil.Process]:
     return [p for p in alive if "spawn_main" in " ".join(p.cmdline())]
 
 
+@pytest.mark.slow
 def test_every_task_gives_its_outcome_and_what_it_counts_is_seen_on_the_way() -> None:
     ticks: list[tuple[int, int]] = []
     tasks = [(f"task {number}", number) for number in range(5)]
@@ -75,6 +76,7 @@ def test_a_killed_worker_is_named_and_the_others_are_ended() -> None:
     assert children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_it_counts_holds_up_nobody() -> None:
     with closing(Processes(1).run(die_while_counting, [("a",), ("b",)], no_tick)) as outcomes:
         with pytest.raises(WorkerDied, match=r"process \d+ ended with SIGKILL"):

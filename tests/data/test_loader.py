@@ -263,6 +263,7 @@ def test_the_state_counts_batches_handed_out_not_those_that_workers_hold(shards)
     assert (loader.state_dict()["epoch"], loader.state_dict()["batches"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named(shards):
     loader = loader_of(shards, 2)
     batches = iter(loader)
@@ -319,6 +320,7 @@ def test_of_several_workers_the_dead_one_is_named():
         workers[0].kill()
 
 
+@pytest.mark.slow
 def test_workers_that_are_spawned_know_their_rank(shards, monkeypatch):
     """They have no process group to ask."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

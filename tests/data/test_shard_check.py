@@ -71,6 +71,7 @@ def test_a_shard_as_the_manifest_has_it_is_fine(emoji: Path) -> None:
     assert (check.size, check.sha256) == (entry.bytes, entry.sha256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_all_of_two_hundred_changes_are_named(damage: str, emoji: Path, tmp_path: Path) -> None:
     entry = read_manifest(emoji)["val-000000.tar"]

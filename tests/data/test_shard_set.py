@@ -81,6 +81,7 @@ def read_in_child(data: ShardSet, places: list[tuple[int, int]], queue) -> None:
     queue.put([data.read(*place)["__key__"] for place in places])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_each_process_reads_through_files_of_its_own(shards, method):
     data = ShardSet(shards / "s*.tar")

@@ -23,6 +23,7 @@ def remote(server: FaultyServer, cache: Path, **options) -> ShardSet:
     return ShardSet(urls, cache=store, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_store_that_stumbles_gives_the_same_batches_as_local_shards(shards, tmp_path, workers):
     faults = {

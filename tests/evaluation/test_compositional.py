@@ -163,6 +163,7 @@ def test_pictures_of_other_prompts_are_found_wrong(asked: list[Asked], examiner:
     assert overall(scores(asked, examiner.findings(asked, others))) <= 0.05
 
 
+@pytest.mark.slow
 def test_the_places_of_a_position_are_not_exchanged(examiner: Examiner, asked: list[Asked]) -> None:
     """The same objects the other way round are wrong where an order is said, else right."""
     pairs = [one for one in asked if one.group in ("position", "two objects")]

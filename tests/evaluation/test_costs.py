@@ -190,6 +190,7 @@ def test_a_late_discriminator_saves_hours() -> None:
     assert 0.5 * whole < saved["ways"]["kept"]["hours"] < whole
 
 
+@pytest.mark.slow
 def test_more_devices_share_gradients_and_multiply_images() -> None:
     one, four = (planned(schedule=replace(SCHEDULE, devices=n)) for n in (1, 4))
     assert one["gradient_bytes"] == one["ring_bytes"] == 0

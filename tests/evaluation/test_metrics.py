@@ -160,6 +160,7 @@ def on_one_of_two_ranks(rank: int, port: int, folder: str) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -30,6 +30,7 @@ def out(folder: Path, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_results_say_what_was_measured_and_how(out: Path, folder: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert results["checkpoint"] == str(folder) and results["images"] == 3 + 2 + 6
@@ -43,6 +44,7 @@ def test_results_say_what_was_measured_and_how(out: Path, folder: Path) -> None:
     assert results["fid_mobilenetv2"]["hybrid"] > 0 and results["judge"]
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_results_say(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     lines = (out / "table.md").read_text().splitlines()
@@ -54,11 +56,13 @@ def test_the_table_says_what_the_results_say(out: Path) -> None:
     assert {line.count("|") for line in lines} == {7}
 
 
+@pytest.mark.slow
 def test_the_judge_is_better_on_true_pictures_than_on_a_random_model(out: Path) -> None:
     overall = json.loads((out / "results.json").read_text())["overall"]
     assert overall["real"] >= 0.5 and overall["hybrid"] == 0
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_group_and_needs_nothing_else(out: Path) -> None:
     page = (out / "index.html").read_text()
     for group in (*PAIRS, *SCENES):

@@ -55,6 +55,7 @@ def test_captions_come_under_the_names_and_keys_of_the_pictures(toys: Path, tmp_
     assert facts["prompts"]["long"] == {"text": "What is it?", "max_new_tokens": 12}
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_that_goes_on_gives_the_same_bytes(toys: Path, tmp_path: Path) -> None:
     assert caption(toys, tmp_path / "whole") == 0
     out = tmp_path / "parts"

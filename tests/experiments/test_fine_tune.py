@@ -247,6 +247,7 @@ def test_a_stage_1_checkpoint_has_no_tokens_to_keep(tmp_path: Path) -> None:
         find_tokenizer(str(ckpt), str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["lora", "decoder"])
 def test_switches_of_memory_and_speed_are_the_run_s_own(task: str, base: Path) -> None:
     """The base was saved without them."""
@@ -271,6 +272,7 @@ def test_a_base_is_found_by_folder_run_and_experiment(base: Path, tmp_path: Path
         find_base("a/c", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_base_is_found_in_a_run_that_has_only_checkpoints_so_far(tmp_path: Path) -> None:
     tokenizer = stage_checkpoint(2, tmp_path / "stage.ckpt")
     module = toy_masked_generator(tokenizer_from=tokenizer)
@@ -284,6 +286,7 @@ def test_a_base_is_found_in_a_run_that_has_only_checkpoints_so_far(tmp_path: Pat
         assert fingerprint(found.tokenizer) == fingerprint(load_tokenizer(tokenizer)[0])
 
 
+@pytest.mark.slow
 def test_weights_of_256_px_start_512_px_whole_at_the_paper_s_size() -> None:
     with torch.device("meta"):
         coarse, fine = (

@@ -163,6 +163,7 @@ def test_what_cannot_be_planned_exits_with_2_and_is_named(overrides, message, ca
     assert message in printed and printed.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_and_written(tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "plan.json"
     assert main(["--exp=plan", *SHALLOW, "devices=2", "device=rtx3090", f"out={out}"]) == 0

@@ -102,6 +102,7 @@ def test_data_that_are_not_finite_are_named_with_their_sample(
     assert said.count("on this CPU in") == 1  # what it happened in is fp32
 
 
+@pytest.mark.slow
 def test_numbers_beyond_fp16_are_told_from_those_that_no_precision_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def test_losses_and_gradients_are_exactly_those_of_the_step(
     assert "not reproduced: " in said
 
 
+@pytest.mark.slow
 def test_a_step_that_accumulates_is_repeated_whole_as_another_rank_s_share(tmp_path: Path) -> None:
     """The draws are those of the place that the record names."""
     path, _ = failed_run("smoke/pretrain_256", tmp_path, Poison("reduced", [5]), accumulate=2)

@@ -206,6 +206,7 @@ def test_an_error_amid_a_training_is_no_wrong_setting(tmp_path: Path, capsys) ->
     assert main([*command, "--ckpt=auto", "+callbacks.fault.step=1"]) == 2  # its first, resumed
 
 
+@pytest.mark.slow
 def test_a_longer_run_that_did_not_come_to_its_end_is_not_taken_for_finished(
     tmp_path: Path,
 ) -> None:

@@ -67,6 +67,7 @@ def test_optimizer_average_and_checkpoint_hold_adapters_alone(tmp_path: Path) ->
     assert saved["dcar"]["config"]["generator"] and saved["dcar"]["base"]["name"] == "the toy model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 5])
 def test_resuming_is_exact_with_averages_dropout_and_accumulation(
     stop: int, tmp_path: Path

@@ -253,6 +253,7 @@ def test_what_was_told_is_not_told_again_after_a_resumption(told: Told, tmp_path
     assert [step for step, _ in told.ill] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_at_every_step_is_told_the_same(told: Told, tmp_path: Path) -> None:
     """Rules that wait for several looks in a row, and look back at several, are not set back."""
 

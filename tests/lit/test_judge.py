@@ -78,6 +78,7 @@ def test_labels_of_drawings_are_those_of_their_keys(data: JudgeData) -> None:
     assert judge.labels_of(view)["count"] is view["count"]
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_measured_on_every_set(data: JudgeData) -> None:
     judge = module()
     first = next(iter(data.train_dataloader()))
@@ -122,6 +123,7 @@ def test_the_names_must_be_those_of_the_sets(data: JudgeData) -> None:
         toy_trainer(1).fit(judge, datamodule=data)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_to_the_same_weights(data: JudgeData, tmp_path: Path) -> None:
     def run(steps: int, folder: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
         judge = module()

@@ -76,6 +76,7 @@ def test_everything_learned_is_that_of_the_last_checkpoint(
     assert trainer.global_step == 5 and average.updates == 3
 
 
+@pytest.mark.slow
 def test_the_count_of_steps_and_the_learning_rate_go_on(tmp_path: Path) -> None:
     """With a schedule that goes by the rate of the step before, and counts the steps taken."""
     schedule = partial(ExponentialLR, gamma=0.5)

@@ -165,6 +165,7 @@ def test_a_step_of_two_batches_moves_what_it_should_in_every_precision(
     assert parts == MOVES[kind]
 
 
+@pytest.mark.slow
 def test_a_validation_between_two_batches_of_a_step_takes_nothing_from_it() -> None:
     """After the third batch, which is half of the second step."""
     left_alone, interrupted = (toy_stage(1, norm="ln2d", accumulate=2) for _ in range(2))
@@ -177,6 +178,7 @@ def test_a_validation_between_two_batches_of_a_step_takes_nothing_from_it() -> N
         assert torch.equal(tensor, interrupted.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_values_that_nobody_reads_are_not_logged_and_the_log_is_the_same(
     accumulate: int, tmp_path: Path

@@ -160,6 +160,7 @@ def test_the_shipped_judge_is_small_and_knows_the_embedded_drawings(shipped: Jud
     assert sum(p.numel() for p in shipped.parameters()) < 4e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["val", "heldout"])
 def test_the_shipped_judge_tells_real_drawings_as_well_as_its_file_says(
     shipped: Judge, split: str

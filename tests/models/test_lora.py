@@ -179,6 +179,7 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
         Adapter.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_paper_s_size_gets_adapters_of_every_block() -> None:
     with torch.device("meta"):
         transformer = MaskedTransformer(

@@ -311,6 +311,7 @@ def test_the_velocity_of_the_flow_points_from_noise_to_data() -> None:
     assert head.loss(residual, hidden, Draws(0)).item() == pytest.approx(5.0, abs=0.3)
 
 
+@pytest.mark.slow
 @HEADS
 def test_a_head_learns_a_residual_that_its_condition_decides(kind: type) -> None:
     head = kind(channels=2, dim=2, width=32, depth=1, scale=0.5, sample_steps=16)
