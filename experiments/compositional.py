@@ -40,7 +40,7 @@ from dcar.models.judge import load_judge
 from dcar.models.sampler import SamplerSettings, Tokens
 from dcar.pipeline import DCARPipeline, chunks
 from experiments.components import build
-from experiments.config import ConfigError
+from experiments.config import ConfigError, at_least
 from experiments.run import RunOptions
 from experiments.sample import find_model
 
@@ -145,12 +145,19 @@ def open_pipeline(config: DictConfig) -> DCARPipeline:
     return DCARPipeline(model, device=device, precision=config.precision)
 
 
+def check_counts(config: DictConfig) -> None:
+    """Raises ConfigError for numbers of prompts and pictures that there cannot be."""
+    at_least(config, 0, "known", "heldout", "scenes", "pictures")
+    at_least(config, 1, "batch_size")
+
+
 def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     """Draw and judge all prompts; write results.json, table.md, index.html and two sheets.
 
     Returns the results. Raises CheckpointError and FileNotFoundError for a model or judge that
     cannot be read, ConfigError where fewer than two single drawings are asked for.
     """
+    check_counts(config)
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     settings = pipeline.settings(steps=config.steps, guidance=config.guidance)
     side = pipeline.model.size
@@ -186,6 +193,7 @@ def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
         "seconds_per_image": drawn.seconds / len(asked),
         "device": str(pipeline.device),
         "judge": examiner.judge.figures,
+        "concepts": len(examiner.judge.concepts),
     }
     write(Path(config.out), results, asked, pictures, findings["hybrid"], config.pictures)
     return results
@@ -275,7 +283,7 @@ def summary(results: Mapping[str, Any]) -> Html:
         f"{results['checkpoint']}: {results['images']} prompts, {settings['steps']} steps, "
         f"guidance {settings['guidance']}, seeds from {results['seed']}; "
         f"{results['seconds_per_image']:.2f} s an image on {results['device']}. An object counts "
-        "as there if its concept is among the judge's five likeliest of 1,898.",
+        f"as there if its concept is among the judge's five likeliest of {results['concepts']:,}.",
         html.table(columns, rows),
         html.join(
             html.element("p", f"{name}: {words}.", css="note") for name, words in SOURCES.items()

@@ -51,6 +51,13 @@ def given(value: Any, key: str) -> Any:
     return value
 
 
+def at_least(config: DictConfig, least: int, *keys: str) -> None:
+    """Raises ConfigError for the first of these keys whose number is below `least`."""
+    for key in keys:
+        if config[key] < least:
+            raise ConfigError(f"{key}={config[key]} must be at least {least}")
+
+
 OmegaConf.register_new_resolver("given", given, replace=True)
 OmegaConf.register_new_resolver("quick_dtype", lambda: f"torch.{quick_dtype()}", replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)

@@ -26,7 +26,7 @@ from dcar.data.storage import exists, join, name_of, write_atomically
 from dcar.errors import DataError
 from dcar.evaluation.data_charts import Cell, contact_sheet, stats_png
 from dcar.evaluation.sheets import save_png
-from experiments.config import ConfigError
+from experiments.config import ConfigError, at_least
 from experiments.run import RunOptions
 
 NAMED_SHARDS = 5  # in the one line of an error
@@ -153,6 +153,7 @@ def peek(config: DictConfig, options: RunOptions) -> list[Cell]:
     """Draw samples and write the sheet. Raises DataError where the shards hold no pictures."""
     if Path(config.out).suffix.lower() != ".png":
         raise ConfigError(f"out={config.out} must end in .png")
+    at_least(config, 1, "samples")
     cells = drawn(str(config["in"]), config.samples, seed=config.seed, split=config.split)
     sheet = contact_sheet(cells, columns=config.columns)
     if not options.dry_run:
@@ -164,8 +165,6 @@ def peek(config: DictConfig, options: RunOptions) -> list[Cell]:
 
 def drawn(folder: str, samples: int, *, seed: int, split: str | None) -> list[Cell]:
     """So many different samples, each as likely as any other, in the order of the shards."""
-    if samples < 1:
-        raise ConfigError(f"samples={samples}; it must be at least 1")
     urls = data_verify.shard_urls(folder)
     if not urls:
         raise FileNotFoundError(f"no shard (*.tar) in {folder}")

@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 from dcar.lit.judge import JudgeTraining
 from dcar.models.judge import save_judge
 from experiments.components import build
+from experiments.config import ConfigError
 from experiments.run import RunOptions
+from experiments.strategy import device_count
 from experiments.train import train
 
 NOT_FIGURES = ("train/", "opt/", "perf/", "data/")
@@ -18,8 +20,13 @@ NOT_FIGURES = ("train/", "opt/", "perf/", "data/")
 def judge(config: DictConfig, options: RunOptions) -> None:
     """Fit, or go on fitting; the averaged weights go to `config.weights`.
 
-    Where all steps are done already only the file is written, again.
+    Where all steps are done already only the file is written, again. Raises ConfigError for more
+    than one process, which would see the same views.
     """
+    if device_count(config.trainer) != 1:
+        raise ConfigError(
+            f"trainer.devices={config.trainer.devices}: a judge trains in one process"
+        )
     train(config, options)
     folder = Path(config.output_dir)
     facts_file, last = folder / "metrics.json", folder / "checkpoints" / "last.ckpt"
@@ -29,7 +36,7 @@ def judge(config: DictConfig, options: RunOptions) -> None:
     module: JudgeTraining = build(config.module)
     module.load_network(last, expected=(JudgeTraining.__name__,))
     figures = {
-        "images": facts["steps"] * config.batch_size,
+        "images": facts["steps"] * config.batch_size * config.accumulate,
         "steps": facts["steps"],
         **{
             name: round(value, 4)

@@ -30,7 +30,14 @@ from dcar.lit.tokenizer import TokenizerModule
 from dcar.models.losses import TokenizerCriterion
 from dcar.models.text_encoder import DTYPES
 from experiments.components import build
-from experiments.config import ConfigError, _compose, experiment_names, load_config, nearest
+from experiments.config import (
+    ConfigError,
+    _compose,
+    at_least,
+    experiment_names,
+    load_config,
+    nearest,
+)
 from experiments.run import RunOptions
 
 TRAINING = "experiments.train.train"
@@ -179,8 +186,7 @@ def optimizer_values(node: DictConfig) -> float:
 
 def planned(config: DictConfig) -> dict[str, Any]:
     """The plan as plain data, with what it was made of."""
-    if config.devices < 1:
-        raise ConfigError(f"devices={config.devices} must be at least 1")
+    at_least(config, 1, "devices")
     target, device = target_config(config), chosen_device(config)
     precision = str(target.trainer.precision)
     if precision not in PRECISIONS:

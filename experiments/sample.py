@@ -22,7 +22,7 @@ from dcar.models.checkpoints import (
     shipped_models,
 )
 from dcar.pipeline import DCARPipeline
-from experiments.config import ConfigError
+from experiments.config import ConfigError, at_least
 from experiments.run import RunOptions
 
 
@@ -94,8 +94,7 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
     prompts = read_prompts(config.prompt)
     if not prompts:
         raise ConfigError(f"prompt={config.prompt}: no prompt in it")
-    if config.images_per_prompt < 1:
-        raise ConfigError(f"images_per_prompt={config.images_per_prompt} must be at least 1")
+    at_least(config, 1, "images_per_prompt")
     prompts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     paths = output_paths(config.out, len(prompts))
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")

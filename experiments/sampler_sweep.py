@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from PIL import Image
 
 from dcar.evaluation.charts import DPI, LIGHT, dress, to_png
@@ -20,13 +20,14 @@ from dcar.models.sampler import SamplerSettings
 from dcar.pipeline import DCARPipeline
 from experiments.compositional import (
     Drawn,
+    check_counts,
     distances,
     draw,
     markdown_table,
     open_pipeline,
     read_asked,
 )
-from experiments.config import ConfigError
+from experiments.config import ConfigError, at_least
 from experiments.run import RunOptions
 
 SHARES = ("concept_top1", "concept_top5", "style_top1")
@@ -37,15 +38,19 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
 
     Returns a row a value. Raises ConfigError for a setting or value that the sampler does not have.
     """
+    check_counts(config)
+    at_least(config, 1, "pictures")
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     base = pipeline.settings(steps=config.steps, guidance=config.guidance)
     if config.scenes:
         raise ConfigError(f"scenes={config.scenes}: a sweep draws single drawings alone")
     tried = {
-        name: [varied(base, name, value) for value in values]
-        for name, values in config.vary.items()
-        if values is not None
+        name: [varied(base, name, value) for value in values_of(config, name)]
+        for name in config.vary
+        if config.vary[name] is not None
     }
+    if not tried:
+        raise ConfigError("vary has no setting, so that there is nothing to compare")
     asked = read_asked(config, pipeline.model.size)
     if options.dry_run:
         tried, asked = {name: values[:1] for name, values in tried.items()}, asked[:2]
@@ -65,6 +70,13 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
             write(folder, rows, facts)  # after each setting: it takes long, and may be stopped
             (folder / f"{name}_curve.png").write_bytes(curve_png(name, rows[-len(values) :]))
     return rows
+
+
+def values_of(config: DictConfig, name: str) -> ListConfig:
+    values = config.vary[name]
+    if not isinstance(values, ListConfig) or not values:
+        raise ConfigError(f"vary.{name}={values} must be a list of values, or null")
+    return values
 
 
 def varied(base: SamplerSettings, name: str, value: Any) -> SamplerSettings:

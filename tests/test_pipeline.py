@@ -65,6 +65,16 @@ def test_odd_prompts_still_give_a_picture(pipeline: DCARPipeline, prompt: str) -
     assert pipeline(prompt)[0].size == (SIZE, SIZE)
 
 
+def test_bfloat16_draws_the_same_tokens_nearly_the_same(pipeline: DCARPipeline) -> None:
+    half = DCARPipeline(pipeline.model, precision="bfloat16")
+    side = SIZE // pipeline.model.tokenizer.downsample
+    grid, settings = (side, side), pipeline.model.sampler
+    tokens = pipeline.tokens(["a red apple"], seeds=[0], grid=grid, settings=settings)
+    exact, rounded = (one.decode(tokens) for one in (pipeline, half))
+    assert 0 < (exact - rounded).abs().max() < 0.05
+    assert half("a red apple", seeds=0)[0].size == (SIZE, SIZE)
+
+
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision='int4'"):
         DCARPipeline(toy_model(), precision="int4")

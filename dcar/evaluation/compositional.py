@@ -53,7 +53,7 @@ class Asked:
     group: str
     caption: str
     concepts: tuple[str, ...]
-    style: str | None
+    style: str
     real: Image
     places: tuple[str, ...] = ("whole",)
     count: int | None = None
@@ -80,7 +80,7 @@ def asked_of(scene: Scene) -> Asked:
         group,
         scene.caption,
         slugs,
-        styles[0] if len(set(styles)) == 1 else None,
+        styles[0],  # all drawings of a scene are of one
         scene.picture,
         places=PLACES[scene.relation or "beside"] if is_pair else ("whole",),
         count=count,

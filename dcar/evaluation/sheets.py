@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
+
+LANCZOS = Image.Resampling.LANCZOS
 
 
 def save_png(picture: Image.Image, path: str | Path, facts: Mapping[str, object]) -> None:
@@ -19,25 +21,29 @@ def save_png(picture: Image.Image, path: str | Path, facts: Mapping[str, object]
 def captioned_grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int, side: int = 160
 ) -> Image.Image:
-    """Pictures of one size in rows, each enlarged to `side` pixels with its caption beneath."""
+    """Pictures in rows, each as large as `side` pixels allow, with its caption beneath."""
     font, band = ImageFont.load_default(size=11), 34
     rows = -(-len(pictures) // columns)
     page = Image.new("RGB", (columns * side, rows * (side + band)), "white")
     draw = ImageDraw.Draw(page)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = index % columns * side, index // columns * (side + band)
-        page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+        page.paste(
+            ImageOps.pad(picture.convert("RGB"), (side, side), LANCZOS, "white"), (left, top)
+        )
         draw.text((left + 4, top + side + 2), _wrap(caption, font, side - 8), "black", font)
     return page
 
 
 def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """At most two lines that fit `width` pixels."""
+    """At most two lines that fit `width` pixels; of a word that does not, what fits."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines[:2])
+            continue
+        while font.getlength(word) > width:
+            word = word[:-1]
+        lines.append(word)
+    return "\n".join([line for line in lines if line][:2])

@@ -56,13 +56,13 @@ class JudgeData(LightningDataModule):
         return ViewLoader(views, batch_size=self.batch_size, batches=batches, goes_on=True)
 
     def val_dataloader(self) -> list[ShardLoader | ViewLoader]:
-        size = min(self.batch_size, self.scene_views)
-        batches = self.scene_views // size
+        views = self.scene_views
+        size = max(size for size in range(1, self.batch_size + 1) if views % size == 0)
         return [
             *(ShardLoader(stream()) for stream in self.drawings.values()),
             *(
-                ViewLoader(views(), batch_size=size, batches=batches, goes_on=False)
-                for views in self.scenes.values()
+                ViewLoader(scenes(), batch_size=size, batches=views // size, goes_on=False)
+                for scenes in self.scenes.values()
             ),
         ]
 

@@ -166,12 +166,14 @@ def test_pictures_of_other_prompts_are_found_wrong(asked: list[Asked], examiner:
 @pytest.mark.slow
 def test_the_places_of_a_position_are_not_exchanged(examiner: Examiner, asked: list[Asked]) -> None:
     """The same objects the other way round are wrong where an order is said, else right."""
-    pairs = [one for one in asked if one.group in ("position", "two objects")]
+    either_way = ("two objects", "colour attribution")
+    pairs = [one for one in asked if one.group in ("position", *either_way)]
     turned = [exchanged(one) for one in pairs]
     found = scores(pairs, examiner.findings(pairs, turned))
     straight = scores(pairs, examiner.findings(pairs, [one.real for one in pairs]))
     assert found["position"]["right"] <= 0.1 < straight["position"]["right"]
-    assert found["two objects"] == straight["two objects"]
+    for group in either_way:
+        assert found[group] == straight[group] and found[group]["right"] > 0.5
 
 
 def exchanged(asked: Asked) -> Image.Image:

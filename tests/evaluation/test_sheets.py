@@ -20,3 +20,16 @@ def test_a_captioned_grid_places_pictures_in_rows() -> None:
     assert grid.size == (80, 2 * 74)
     assert grid.getpixel((60, 20)) == (0, 255, 0) and grid.getpixel((20, 94)) == (0, 0, 255)
     assert grid.getpixel((60, 100)) == (255, 255, 255)
+
+
+def test_a_picture_that_is_not_square_keeps_its_shape() -> None:
+    grid = captioned_grid([Image.new("RGB", (20, 10), "red")], ["a"], columns=1, side=40)
+    column = [grid.getpixel((20, y)) for y in range(40)]
+    assert column == [(255, 255, 255)] * 10 + [(255, 0, 0)] * 20 + [(255, 255, 255)] * 10
+
+
+def test_a_caption_stays_under_its_own_picture() -> None:
+    pictures = [Image.new("RGB", (8, 8), "white")] * 2
+    grid = captioned_grid(pictures, ["W" * 60, ""], columns=2, side=60)
+    assert grid.crop((0, 60, 60, 94)).getextrema() != ((255, 255),) * 3
+    assert grid.crop((60, 0, 120, 94)).getextrema() == ((255, 255),) * 3

@@ -4,11 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 from PIL import Image
 
+from dcar.data.shard_set import ShardSet
 from dcar.evaluation.compositional import PAIRS, SCENES
 from dcar.models.checkpoints import save_model
-from experiments.compositional import SOURCES, draw, open_pipeline, read_asked, retrieved
+from experiments.components import build
+from experiments.compositional import (
+    SOURCES,
+    draw,
+    open_pipeline,
+    places_of,
+    read_asked,
+    retrieved,
+)
 from experiments.config import load_config
 from experiments.run import main
 from tests.toys import toy_model
@@ -74,6 +84,12 @@ def test_the_page_shows_every_group_and_needs_nothing_else(out: Path) -> None:
         assert sheet.width / other.width == (3 + 2) / 8 and sheet.text == other.text
 
 
+@pytest.mark.parametrize("bad", ["known=-1", "heldout=-2", "scenes=-1", "pictures=-1"])
+def test_a_number_there_cannot_be_is_named(bad: str, folder, tmp_path, capsys) -> None:
+    assert main(["--exp=eval/compositional", f"ckpt={folder}", f"out={tmp_path}/out", bad]) == 2
+    assert f"{bad} must be at least 0" in capsys.readouterr().err
+
+
 def test_too_few_single_drawings_for_fid_is_said_before_any_is_drawn(folder, tmp_path, capsys):
     arguments = [f"ckpt={folder}", f"out={tmp_path}/out", *SMALL, "known=1", "heldout=0"]
     assert main(["--exp=eval/compositional", *arguments]) == 2
@@ -93,6 +109,17 @@ def test_prompts_are_the_same_every_time_and_of_the_right_split(folder: Path) ->
     assert [one.caption for one in first] == [one.caption for one in second]
     assert [one.group for one in first] == ["known"] * 4 + ["heldout"] * 4
     assert all(f"{one.style} style" in one.caption for one in first)
+    keys = {name: set(keys_of(config.data[name])) for name in ("train", "heldout")}
+    assert not keys["train"] & keys["heldout"]
+    for one in first:
+        split = "train" if one.group == "known" else "heldout"
+        assert f"{one.style}/{one.concepts[0]}" in keys[split]
+
+
+def keys_of(node: DictConfig) -> list[str]:
+    """Of every drawing in the shards, `style/slug`."""
+    shards: ShardSet = build(node)
+    return [str(shards.read(*place)["__key__"]) for place in places_of(shards)]
 
 
 def test_a_picture_does_not_depend_on_its_batch(folder: Path) -> None:

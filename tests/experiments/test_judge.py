@@ -24,16 +24,23 @@ def test_the_command_leaves_a_judge_with_its_figures(tmp_path: Path) -> None:
         "warmup_steps=1",
         "cooldown_steps=1",
         "max_steps=3",
+        "accumulate=2",
         "val_every=3",
     ]
     assert main([*command, "--dry-run"]) == 0 and not list(tmp_path.iterdir())
     assert main(command) == 0
     path = tmp_path / "judge" / "judge.safetensors"
     figures = load_judge(path).figures
-    assert (figures["steps"], figures["images"]) == (3, 24)
+    assert (figures["steps"], figures["images"]) == (3, 48)
     assert {"val/concept_top1", "heldout/concept_top5", "heldout/style_top1"} < set(figures)
     assert "scenes/count" in figures and not any(name.startswith("train/") for name in figures)
     first = path.read_bytes()
     path.unlink()
     assert main([*command, "--ckpt=auto"]) == 0
     assert path.read_bytes() == first
+
+
+def test_several_processes_are_refused(tmp_path: Path, capsys) -> None:
+    """They would all see the same views."""
+    assert main(["--exp=judge", f"outputs={tmp_path}", "trainer.devices=2"]) == 2
+    assert "trainer.devices=2" in capsys.readouterr().err and not list(tmp_path.iterdir())

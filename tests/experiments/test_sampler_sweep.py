@@ -25,24 +25,22 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> None:
-    vary = ["vary.steps=[1,3]", "vary.guidance=[0.0,2.0,4.0]"]
-    vary += ["vary.selection=[confidence,halton]"]
+    vary = ["vary.steps=[1,2,3]", "vary.selection=[confidence,halton]"]
     others = [f"vary.{name}_temperature=null" for name in ("randomize", "residual")]
-    others += ["vary.guidance_decay=null", "vary.residual_guidance=null"]
+    others += [f"vary.{name}=null" for name in ("guidance", "guidance_decay", "residual_guidance")]
     arguments = [f"ckpt={folder}", f"out={tmp_path}", *SMALL, *vary, *others]
     assert main(["--exp=eval/sweep", *arguments]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     tried = [(row["setting"], row["value"]) for row in results["rows"]]
-    guidance = [("guidance", value) for value in (0.0, 2.0, 4.0)]
     selection = [("selection", name) for name in ("confidence", "halton")]
-    assert tried == [("steps", 1), ("steps", 3), *guidance, *selection]
+    assert tried == [("steps", 1), ("steps", 2), ("steps", 3), *selection]
     for row in results["rows"]:
         assert row["images"] == 4 and set(row["scores"]) == {"known", "heldout"}
         assert row["fid_mobilenetv2"]["hybrid"] > 0 and row["seconds_per_image"] > 0
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert len(lines) == 2 + 7 and lines[2].startswith("| steps | 1 |")
+    assert len(lines) == 2 + 5 and lines[2].startswith("| steps | 1 |")
     assert len({line.count("|") for line in lines}) == 1
-    with Image.open(tmp_path / "guidance.png") as strips:
+    with Image.open(tmp_path / "steps.png") as strips:
         assert strips.height > strips.width  # three values, two prompts
     for name in ("steps", "selection"):
         with Image.open(tmp_path / f"{name}_curve.png") as curve:
@@ -56,6 +54,10 @@ def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> N
         ("+vary.speed=[1]", "vary.speed"),
         ("vary.steps=[a]", "vary.steps"),
         ("scenes=1", "scenes=1"),
+        ("vary.steps=[]", "vary.steps=[] must be a list"),
+        ("vary.steps=3", "vary.steps"),
+        ("pictures=0", "pictures=0 must be at least 1"),
+        ("known=-1", "known=-1 must be at least 0"),
     ],
 )
 def test_a_setting_or_value_there_is_not_is_exit_2(vary, message, folder, tmp_path, capsys) -> None:
@@ -68,7 +70,7 @@ def test_a_setting_or_value_there_is_not_is_exit_2(vary, message, folder, tmp_pa
 def test_strips_show_different_prompts(shown: int, rows: list[int], tmp_path: Path) -> None:
     pictures = [Image.new("RGB", (8, 8), (80 * number, 0, 0)) for number in range(4)]
     asked = [
-        Asked("known", f"prompt {n}", ("a",), None, picture) for n, picture in enumerate(pictures)
+        Asked("known", f"prompt {n}", ("a",), "flat", picture) for n, picture in enumerate(pictures)
     ]
     save_strips(tmp_path, "steps", [SamplerSettings()], asked, [pictures], shown)
     with Image.open(tmp_path / "steps.png") as sheet:

@@ -68,6 +68,12 @@ def test_only_what_has_a_label_is_counted() -> None:
     assert found["style_top1"][:2] == [True, False] and found["count"] == []
 
 
+def test_every_view_that_is_asked_for_is_measured_once(data: JudgeData) -> None:
+    """Twelve in batches of at most eight."""
+    numbers = [number for batch in data.val_dataloader()[1] for number in batch["number"]]
+    assert numbers == list(range(12))
+
+
 def test_labels_of_drawings_are_those_of_their_keys(data: JudgeData) -> None:
     judge, batch = module(), next(iter(data.val_dataloader()[0]))
     labels = judge.labels_of(batch)
