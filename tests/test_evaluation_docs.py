@@ -19,7 +19,9 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 FEW = ["known=2", "heldout=2", "steps=2", "pictures=2"]
-NO_MORE = [f"vary.{name}=null" for name in ("randomize_temperature", "residual_temperature")]
+NO_MORE = ["vary.steps=[1,2]", "vary.guidance=null", "vary.guidance_decay=null"]
+NO_MORE += ["vary.randomize_temperature=null", "vary.selection=null"]
+NO_MORE += ["vary.residual_temperature=null", "vary.residual_guidance=null"]
 
 
 @pytest.mark.slow

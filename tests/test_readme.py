@@ -129,7 +129,7 @@ def test_a_python_block_runs(block: str, workplace: Path) -> None:
         [sys.executable, "-c", block], cwd=workplace, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (workplace / "apple.png").is_file()
+    assert (workplace / "clock.png").is_file()
 
 
 def test_tensorboard_opens(workplace: Path) -> None:
