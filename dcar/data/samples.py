@@ -49,6 +49,12 @@ class Sample:
         return known[rng.choices(names, [weights[name] for name in names])[0]]
 
 
+def cut_caption(caption: str, rng: random.Random) -> str:
+    """The caption up to one of its commas or its end, each as likely: its first words always."""
+    parts = caption.split(", ")
+    return ", ".join(parts[: rng.randint(1, len(parts))])
+
+
 def decode(
     raw: Raw,
     transform: "ImageTransform",

@@ -31,7 +31,7 @@ from dcar.data.order import (
     Slice,
     Span,
 )
-from dcar.data.samples import OWN, Sample, decode
+from dcar.data.samples import OWN, Sample, cut_caption, decode
 from dcar.data.shard_set import ShardSet
 from dcar.data.storage import name_of
 from dcar.data.transforms import ImageTransform
@@ -62,6 +62,8 @@ class ShardStream(IterableDataset):
     buffer: samples that are shuffled together, besides the shuffling of the shards.
     captioned: whether a sample without words is a bad one.
     caption_weights: how often each caption of a picture is drawn, by name; "own" is the shard's.
+    cut_captions: share of captions that end early, at one of their commas, so that a model learns
+        short prompts too; anew every time. Nothing for shards that hold their text encoded.
     max_bad: share of bad samples above which iteration ends with DataError.
     cache: keep resized pixels in memory (size x size x 3 bytes or a little more each).
     buckets: batches of one aspect ratio each, in place of squares.
@@ -81,6 +83,7 @@ class ShardStream(IterableDataset):
         mixture: Mapping[str, Part] | None = None,
         captioned: bool = True,
         caption_weights: Mapping[str, float] | None = None,
+        cut_captions: float = 0.0,
         buffer: int = 1000,
         max_bad: float = 0.01,
         cache: bool = False,
@@ -95,6 +98,8 @@ class ShardStream(IterableDataset):
             raise ValueError(f"give both or neither of rank ({rank}) and world ({world})")
         if rank is not None and world is not None and not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not in [0, world={world})")
+        if not 0 <= cut_captions <= 1:
+            raise ValueError(f"cut_captions {cut_captions} must be in [0, 1]")
         self.parts = parts_of(urls, mixture)
         self._check_weights(caption_weights or {})
         if len(self.parts) > 1 and not shuffle:
@@ -102,6 +107,7 @@ class ShardStream(IterableDataset):
         self.transform, self.batch_size, self.seed = transform, batch_size, seed
         self.shuffle, self.captioned, self.buffer = shuffle, captioned, buffer
         self.caption_weights = None if caption_weights is None else dict(caption_weights)
+        self.cut_captions = cut_captions
         self.max_bad, self.cache, self.buckets = max_bad, cache, buckets
         self.samples_per_epoch = samples_per_epoch
         self._place = None if rank is None or world is None else (rank, world)
@@ -302,10 +308,13 @@ class ShardStream(IterableDataset):
         return self.transform.cut(sample.pixels, rng, shape)
 
     def _caption(self, sample: Sample, rng: random.Random) -> str:
-        if not sample.captions:
-            return sample.caption
-        weights = self.caption_weights or dict.fromkeys(sample.captions, 1.0)
-        return sample.choose_caption(weights, rng)
+        caption = sample.caption
+        if sample.captions:
+            weights = self.caption_weights or dict.fromkeys(sample.captions, 1.0)
+            caption = sample.choose_caption(weights, rng)
+        if self.cut_captions and rng.random() < self.cut_captions:
+            return cut_caption(caption, rng)
+        return caption
 
     def count(self, batch: Batch) -> Batch:
         """Take `bad` and `slots` out of a batch. Raises DataError above `max_bad` of bad."""

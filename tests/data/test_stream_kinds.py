@@ -187,6 +187,24 @@ def test_captions_of_parallel_shards_are_drawn_by_weight(shards, tmp_path):
     assert abs(drawn["long"] / total - 0.5) < 0.07 and abs(drawn["s"] / total - 0.25) < 0.06
 
 
+def test_some_captions_end_at_a_comma_and_differ_from_epoch_to_epoch(tmp_path):
+    rows = [row(key) | {"txt": f"{key}, b, c".encode()} for key in ("k0", "k1", "k2", "k3")]
+    write_shards(rows, tmp_path, "s", 4)
+    loader = ShardLoader(stream(tmp_path, batch_size=2, cut_captions=0.6))
+    drawn = Counter(caption for _ in range(200) for b in loader for caption in b["caption"])
+    assert set(drawn) == {f"{r['__key__']}{end}" for r in rows for end in ("", ", b", ", b, c")}
+    whole = sum(count for caption, count in drawn.items() if caption.endswith("c"))
+    assert abs(whole / drawn.total() - (0.4 + 0.6 / 3)) < 0.06
+    whole = [caption for batch in ShardLoader(stream(tmp_path)) for caption in batch["caption"]]
+    assert all(caption.endswith(", b, c") for caption in whole)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_cut_captions_that_is_none_is_refused(shards, share):
+    with pytest.raises(ValueError, match=f"cut_captions {share}"):
+        stream(shards, cut_captions=share)
+
+
 def test_each_set_of_a_mixture_has_the_captions_that_were_given_for_it(shards, tmp_path):
     told = ShardSet(shards / "s*.tar", captions=captioned(tmp_path / "captions", shards))
     parts = {"plain": Part(ShardSet(other(tmp_path / "more") / "t*.tar")), "told": Part(told)}
