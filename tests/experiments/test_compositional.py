@@ -96,6 +96,7 @@ def test_too_few_single_drawings_for_fid_is_said_before_any_is_drawn(folder, tmp
     assert "known=1 and heldout=0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_retrieval_of_a_known_caption_is_its_own_picture(folder: Path) -> None:
     config = load_config("eval/compositional", ["heldout=0", "scenes=0", "known=5"])
     asked = read_asked(config, 32)

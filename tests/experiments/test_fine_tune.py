@@ -298,6 +298,7 @@ def test_weights_of_256_px_start_512_px_whole_at_the_paper_s_size() -> None:
     assert set(dict(fine.named_parameters())) <= set(coarse.state_dict())  # none is left as it was
 
 
+@pytest.mark.slow
 def test_from_scratch_costs_what_the_paper_says_beside_the_two_resolutions() -> None:
     def cost(name: str, batch: int) -> float:
         """In images of 256 px: an image of 512 px has four times the tokens."""

@@ -43,6 +43,7 @@ def steps(name: str, *overrides: str) -> Any:
     return training_steps(config, target_config(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", experiment_names())
 def test_every_training_has_a_step_to_plan_and_no_other_task(name: str) -> None:
     if _compose(name, []).task != TRAINING:

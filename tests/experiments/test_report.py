@@ -14,6 +14,8 @@ from dcar.models.checkpoints import save_model
 from experiments.report import finite, processor, versions, write_report
 from tests.toys import ToyData, ToyImages, ToyLoader, toy_model
 
+pytestmark = pytest.mark.slow
+
 STAGES, GENERATORS = ("stage1", "stage2", "stage3"), ("generator_32", "generator_64")
 MARKUP = "<script>alert('a & b')</script>"
 

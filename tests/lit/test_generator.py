@@ -93,6 +93,7 @@ def test_shards_that_hold_tokens_are_not_tokenised_again() -> None:
     assert module.on_after_batch_transfer(batch, 0) is batch
 
 
+@pytest.mark.slow
 def test_validation_compares_right_and_shuffled_captions_and_reports_gfid() -> None:
     module = toy_masked_generator(fid_images=8, metrics=partial(GenerationMetrics))
     trainer = toy_trainer(4, limit_val_batches=1.0, val_check_interval=4)
@@ -259,6 +260,7 @@ def test_a_trained_text_encoder_refuses_stored_text(shards: Path) -> None:
         toy_trainer(1).fit(toy_masked_generator(), datamodule=data(shards / "tokens_text"))
 
 
+@pytest.mark.slow
 def test_gfid_wants_images_to_compare_with(shards: Path) -> None:
     tokens, pictures = shards / "tokens", shards / "pictures"
     trainer = toy_trainer(1, limit_val_batches=1.0, val_check_interval=1)

@@ -227,6 +227,7 @@ class SlowThenQuick(ToyData):
         return ToyLoader(torch.utils.data.ConcatDataset([slow, quick]), 4)
 
 
+@pytest.mark.slow
 def test_data_that_wait_are_told_and_that_they_wait_no_more(told: Told) -> None:
     fit(toy_stage(1), 13, watch(wait_share=0.6), SlowThenQuick())
     step = one_line(told, "steps wait for data", "alarm above 60%", "data.num_workers")

@@ -55,6 +55,7 @@ class FullFrom(Callback):
         self.disk.__exit__()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_training_goes_on(tmp_path: Path, caplog) -> None:
     fit(5, LastCheckpoint(folder=tmp_path, every_steps=1), FullFrom(2, until=3))
     assert list(step_files(tmp_path)) == [4, 5] and step_of(tmp_path) == 5

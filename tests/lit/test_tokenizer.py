@@ -95,6 +95,7 @@ def test_a_checkpoint_holds_the_network_and_the_discriminator_alone(tmp_path: Pa
     assert saved["dcar"]["module"] == "TokenizerStage2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_stopping_and_resuming_is_bit_equal(stage: int, tmp_path: Path) -> None:
     """5 straight against 3, mid-epoch, then 2: two optimizers, averages, k-means, revival."""
