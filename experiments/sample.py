@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig
 from PIL.Image import Image
 
@@ -125,9 +124,9 @@ def write(
 ) -> None:
     for index, (picture, prompt, path) in enumerate(zip(pictures, prompts, paths, strict=True)):
         save_png(picture, path, {"prompt": prompt, "seed": config.seed + index, **settings})
-        rank_zero_info(f"{path}: {prompt}")
+        print(f"{path}: {prompt}")
     if len(pictures) > 1:
         grid_path = Path(config.out)
         columns = min(8, len(pictures))
         save_png(captioned_grid(pictures, prompts, columns=columns), grid_path, settings)
-        rank_zero_info(f"{grid_path}: all {len(pictures)}")
+        print(f"{grid_path}: all {len(pictures)}")

@@ -138,6 +138,14 @@ def test_pure_functions_import_without_the_heavy_packages() -> None:
     assert {"transformers", "lightning", "hydra"}.isdisjoint(done.stdout.split())
 
 
+def test_a_picture_is_drawn_without_what_only_training_needs() -> None:
+    """A third of the time that a picture took from its command."""
+    code = "import sys, experiments.sample; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"lightning", "torchmetrics", "webdataset"}.isdisjoint(done.stdout.split())
+
+
 @pytest.mark.parametrize("task", ["run", "data_build", "data_inspect"])
 def test_tools_for_data_start_without_torch(task: str) -> None:
     """Seconds of each start, and a few hundred MB of every process that builds shards."""

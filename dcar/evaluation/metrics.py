@@ -14,21 +14,12 @@ from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from dcar.evaluation.fid import FrechetDistances
+from dcar.evaluation.pictures import from_uint8, to_uint8
 from dcar.models.features import fid_features
 from dcar.models.perceptual import LPIPS
 from dcar.models.weights_io import as_constants
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"  # torchvision's name; torchmetrics' LPIPS reads it
-
-
-def to_uint8(image: Tensor) -> Tensor:
-    """[-1, 1] to uint8: 255 x + 0.5 of x in [0, 1], clamped, cut to the integer below."""
-    return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def from_uint8(image: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return image.float() / 127.5 - 1
 
 
 class LPIPSMetric(Metric):

@@ -6,11 +6,20 @@ B batch, S image side, R rows, K columns. Images are (3, S, S) in [-1, 1].
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from dcar.evaluation.metrics import to_uint8
+
+def to_uint8(image: Tensor) -> Tensor:
+    """[-1, 1] to uint8: 255 x + 0.5 of x in [0, 1], clamped, cut to the integer below."""
+    return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(image: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
 
 
 def tile(columns: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Metrics of pictures: the rounding, known values, and the same numbers on one rank and on two."""
+"""Metrics of pictures: known values, and the same numbers on one rank and on two."""
 
 import math
 import socket
@@ -14,10 +14,9 @@ from dcar.evaluation.metrics import (
     GenerationMetrics,
     LPIPSMetric,
     ReconstructionMetrics,
-    from_uint8,
     lpips_metric,
-    to_uint8,
 )
+from dcar.evaluation.pictures import from_uint8
 from dcar.models.perceptual import LPIPS
 from tests.toys import START
 
@@ -41,16 +40,6 @@ def images(batch: int, side: int = 32) -> Tensor:
 
 def reconstruction(**settings: Any) -> ReconstructionMetrics:
     return ReconstructionMetrics(features=ChannelMeans(), **settings)
-
-
-def test_every_level_comes_back() -> None:
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(from_uint8(levels)), levels)
-
-
-def test_values_go_to_the_nearest_level_and_stay_in_range() -> None:
-    between = torch.tensor([100.49, 100.51, -3.0, 300.0]) / 127.5 - 1
-    assert to_uint8(between).tolist() == [100, 101, 0, 255]
 
 
 def test_psnr_is_of_each_image_then_the_mean() -> None:

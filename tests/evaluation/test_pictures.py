@@ -3,7 +3,17 @@
 import numpy as np
 import torch
 
-from dcar.evaluation.pictures import reconstruction_columns, tile, to_pil
+from dcar.evaluation.pictures import from_uint8, reconstruction_columns, tile, to_pil, to_uint8
+
+
+def test_every_level_comes_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+
+
+def test_values_go_to_the_nearest_level_and_stay_in_range() -> None:
+    between = torch.tensor([100.49, 100.51, -3.0, 300.0]) / 127.5 - 1
+    assert to_uint8(between).tolist() == [100, 101, 0, 255]
 
 
 def test_a_tile_has_one_row_an_image_and_one_column_an_entry() -> None:
