@@ -30,10 +30,17 @@ class ConfigError(ValueError):
 
 
 def find_checkpoint(reference: str | None, outputs: str) -> str | None:
-    """A checkpoint by path, or by the name of the experiment that wrote it."""
+    """A checkpoint by path or by the name of the experiment that wrote it, or a model folder.
+
+    A model folder by path, or by the name of a model that comes with the package.
+    """
     if reference is None or Path(reference).is_file():
         return reference
-    return str(Path(outputs) / reference / "checkpoints" / "last.ckpt")
+    last = Path(outputs) / reference / "checkpoints" / "last.ckpt"
+    for folder in (Path(reference), REPOSITORY / "dcar" / "weights" / reference):
+        if (folder / "config.json").is_file() and not last.is_file():
+            return str(folder)
+    return str(last)
 
 
 def quick_dtype() -> str:

@@ -175,7 +175,7 @@ def without_missing_weights(config: DictConfig) -> DictConfig:
     config = config.copy()
     for key in ("init_from", "tokenizer_from"):
         path = OmegaConf.select(config, f"module.{key}")
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).exists():
             rank_zero_info(f"dry run: {path} is not there; {key} is left out")
             config.module[key] = None
     return config

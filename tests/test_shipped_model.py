@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
@@ -17,6 +18,7 @@ from dcar.models.checkpoints import PARTS, load_model, save_model, shipped_model
 from dcar.models.judge import load_judge
 from dcar.models.weights_io import SHIPPED
 from dcar.pipeline import DCARPipeline
+from experiments.components import build
 from experiments.compositional import markdown_table, score_rows
 from experiments.config import load_config
 from experiments.run import main
@@ -111,3 +113,17 @@ def test_make_sample_writes_a_picture_of_the_prompt(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     with Image.open(tmp_path / "sample.png") as picture:
         assert picture.size == (64, 64) and picture.text["prompt"] == prompt
+
+
+def test_a_finished_model_is_trained_further(tmp_path: Path) -> None:
+    options = ["tokenizer_from=mini", "init_from=mini", "module.fid_images=0"]
+    module = build(load_config("mini/generator", [*options, f"outputs={tmp_path}"]).module)
+    model = load_model("mini")
+    for mine, theirs in (
+        (module.generator, model.generator),
+        (module.text_encoder, model.text_encoder),
+        (module.tokenizer.module, model.tokenizer),
+    ):
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(tensor, mine.state_dict()[name]), name
+    assert all(p.requires_grad for p in module.network.parameters())

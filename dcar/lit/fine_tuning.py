@@ -7,7 +7,7 @@ from typing import Any
 from dcar.errors import CheckpointError
 from dcar.lit.frozen import Frozen
 from dcar.lit.generator import MaskedARGenerator
-from dcar.models.checkpoints import Model
+from dcar.models.checkpoints import FINISHED, Model
 from dcar.models.generator import HybridGenerator
 from dcar.models.lora import (
     Adapter,
@@ -48,7 +48,7 @@ class LoraGenerator(MaskedARGenerator):
             size=size or base.size,
             **options,
         )
-        self.tokenizer_from, self.tokenizer_module = base_name, "a finished model"
+        self.tokenizer_from, self.tokenizer_module = base_name, FINISHED
         self.base_config, self.lora = base.config | {"size": self.size}, lora
         self.base = describe_base(base, base_name)
         self.frozen_text = Frozen(base.text_encoder)

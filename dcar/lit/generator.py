@@ -19,7 +19,7 @@ from dcar.lit.base import BaseModule
 from dcar.lit.frozen import Frozen
 from dcar.lit.precompute import check_tokens, describe_tokens
 from dcar.lit.stepping import Losses
-from dcar.models.checkpoints import Model, load_tokenizer
+from dcar.models.checkpoints import Model, load_model, load_strictly, load_tokenizer
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
 from dcar.models.residual_head import BaseResidualHead
@@ -57,9 +57,11 @@ class MaskedARGenerator(BaseModule):
     a split without facts; ValueError where what they hold does not go with a trained text encoder
     or with `fid_images`.
 
-    tokenizer, tokenizer_from: architecture and checkpoint (stage 2 or 3) of a frozen tokenizer.
+    tokenizer, tokenizer_from: architecture of a frozen tokenizer, and its weights: a checkpoint of
+        stage 2 or 3, or a model folder.
     text_encoder: trained along where its `trainable` says so, else frozen.
-    init_from: another run of this module, at any resolution: positions are computed.
+    init_from: a checkpoint of this module, at any resolution (positions are computed), or a model
+        folder.
     scale_batches: batches that measure the residual's standard deviation before the first step,
         at this resolution, unless the head was built with a scale.
     cache_tokens: tokenise each image once; needs a transform without randomness.
@@ -110,7 +112,16 @@ class MaskedARGenerator(BaseModule):
         if tokenizer_from is not None:
             _, self.tokenizer_module = load_tokenizer(tokenizer_from, into=tokenizer)
         if init_from is not None:
-            self.load_network(init_from, expected=("MaskedARGenerator",))
+            self._start_from(init_from)
+
+    def _start_from(self, path: str | Path) -> None:
+        if not Path(path).is_dir():
+            self.load_network(path, expected=("MaskedARGenerator",))
+            return
+        model = load_model(path)
+        load_strictly(self.generator, model.generator.state_dict(), source=path)
+        if self.frozen_text is None:
+            load_strictly(self.text_encoder, model.text_encoder.state_dict(), source=path)
 
     @property
     def generator(self) -> HybridGenerator:

@@ -44,6 +44,7 @@ COMPONENTS = (
 )
 PARTS = ("tokenizer", "generator", "text_encoder")
 TOKENIZER_MODULES = ("TokenizerStage2", "TokenizerStage3")  # whose tokenizers are of use to others
+FINISHED = "a finished model"  # in place of a module's name, where a model folder was read
 
 
 def build(config: Any) -> Any:
@@ -143,11 +144,16 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, source: str
 def load_tokenizer(
     path: str | Path, into: HybridTokenizer | None = None
 ) -> tuple[HybridTokenizer, str]:
-    """The tokenizer of a checkpoint, and the name of the module that trained it.
+    """The tokenizer of a checkpoint or model folder, and the name of the module that trained it.
 
     into: takes the weights; None builds a tokenizer as the checkpoint's own config says. Raises
     CheckpointError where neither stage 2 nor stage 3 wrote the checkpoint.
     """
+    if Path(path).is_dir():
+        tokenizer = load_model(path).tokenizer
+        if into is not None:
+            load_strictly(into, tokenizer.state_dict(), source=path)
+        return into or tokenizer, FINISHED
     checkpoint = read_checkpoint(path)
     module = checkpoint["dcar"]["module"]
     if module not in TOKENIZER_MODULES:

@@ -130,7 +130,7 @@ class HybridGenerator(nn.Module):
             label_smoothing=self.label_smoothing if self.training else 0.0,
             unmasked_weight=unmasked_weight,
         )
-        correct = ((logits.detach().argmax(2) == ids) & mask).sum()
+        correct = ((logits.detach().max(2).indices == ids) & mask).sum()
         own = mask.sum()
         weight, own_weight = (
             number + unmasked_weight * (mask.numel() - number) for number in (masked, own)

@@ -128,3 +128,11 @@ def test_a_checkpoint_is_found_by_path_and_by_experiment(tmp_path) -> None:
     assert find_checkpoint(str(path), "outputs") == str(path)
     assert find_checkpoint("smoke/stage1", "out") == "out/smoke/stage1/checkpoints/last.ckpt"
     assert find_checkpoint(None, "outputs") is None
+
+
+def test_a_model_folder_is_found_by_path_and_by_a_shipped_model_s_name(tmp_path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert find_checkpoint(str(folder), "outputs") == str(folder)
+    assert find_checkpoint("mini", str(tmp_path)) == str(CONFIGS.parents[1] / "dcar/weights/mini")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar.models.losses import (
+    CrossEntropy,
     LeCam,
     TokenizerCriterion,
     hinge_discriminator_loss,
@@ -160,6 +161,21 @@ def test_smoothing_follows_its_definition() -> None:
     right = log_probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     expected = -(0.9 * right + 0.1 * log_probabilities.mean(-1)).sum()
     torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_cross_entropy_and_its_slope_are_torch_s(dtype: torch.dtype, smoothing: float) -> None:
+    rows = 2**19 // 1024 + 3  # of two parts
+    logits = torch.randn(rows, 1024).mul(4).to(dtype).requires_grad_()
+    ids, weights = torch.randint(0, 1024, (rows,)), torch.rand(rows)
+    loss = CrossEntropy.apply(logits, ids, smoothing)
+    (slope,) = torch.autograd.grad((loss * weights).sum(), logits)
+    expected = F.cross_entropy(logits.float(), ids, reduction="none", label_smoothing=smoothing)
+    (expected_slope,) = torch.autograd.grad((expected * weights).sum(), logits)
+    assert loss.dtype == torch.float32 and slope.dtype == dtype
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(slope, expected_slope, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
