@@ -143,7 +143,7 @@ class CrossEntropy(torch.autograd.Function):
         slopes = torch.empty_like(logits)
         rows = _rows(logits, ids, normalisers, grads[0], slopes)
         for part, part_ids, normaliser, grad, written in rows:
-            slope = part.float().sub_(normaliser[:, None]).exp_()  # (m, K), the probabilities
+            slope = (part.float() - normaliser[:, None]).exp_()  # (m, K), the probabilities
             slope -= ctx.smoothing / logits.shape[1]
             column = part_ids[:, None]
             slope.scatter_(1, column, slope.gather(1, column) - (1 - ctx.smoothing))

@@ -175,7 +175,9 @@ def test_the_cross_entropy_and_its_slope_are_torch_s(dtype: torch.dtype, smoothi
     (expected_slope,) = torch.autograd.grad((expected * weights).sum(), logits)
     assert loss.dtype == torch.float32 and slope.dtype == dtype
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(slope, expected_slope, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(
+        slope, expected_slope, rtol=max(5e-6, 2 * torch.finfo(dtype).eps), atol=1e-6
+    )
 
 
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
