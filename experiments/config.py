@@ -30,17 +30,20 @@ class ConfigError(ValueError):
 
 
 def find_checkpoint(reference: str | None, outputs: str) -> str | None:
-    """A checkpoint by path or by the name of the experiment that wrote it, or a model folder.
+    """A checkpoint, a run's folder, the name of the experiment that wrote it, or a model folder.
 
-    A model folder by path, or by the name of a model that comes with the package.
+    A model folder by path, or by the name of a model that comes with the package. Where nothing is
+    found: the path of the checkpoint that the experiment will write.
     """
     if reference is None or Path(reference).is_file():
         return reference
-    last = Path(outputs) / reference / "checkpoints" / "last.ckpt"
-    for folder in (Path(reference), REPOSITORY / "dcar" / "weights" / reference):
-        if (folder / "config.json").is_file() and not last.is_file():
-            return str(folder)
-    return str(last)
+    run, named = Path(reference), Path(outputs) / reference
+    lasts = [folder / "checkpoints" / "last.ckpt" for folder in (named, run)]
+    configs = [folder / "config.json" for folder in (run, REPOSITORY / "dcar/weights" / reference)]
+    for place in (*lasts, *configs):
+        if place.is_file():
+            return str(place if place in lasts else place.parent)
+    return str(lasts[1] if run.is_dir() else lasts[0])
 
 
 def quick_dtype() -> str:

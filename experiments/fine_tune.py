@@ -23,8 +23,10 @@ from dcar.models.lora import Adapter, import_peft
 from dcar.models.tokenizer import HybridTokenizer
 from experiments.config import ConfigError, find_checkpoint
 from experiments.run import RunOptions
-from experiments.sample import find_model
+from experiments.sample import find_folder, find_model
 from experiments.train import train
+
+BASE_PARTS = ("tokenizer", "generator", "text_encoder", "sampler")
 
 
 def find_base(reference: str, outputs: str, checkpoint_activations: bool = False) -> Model:
@@ -72,6 +74,23 @@ def last_checkpoint(config: DictConfig) -> Path:
     return Path(config.output_dir) / "checkpoints" / "last.ckpt"
 
 
+def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
+    """Train all weights of a finished generator further, then write `model`.
+
+    Returns the last logged metrics by name. Raises CheckpointError for a base that cannot be used.
+    """
+    base = find_base(config.init_from, config.outputs)
+    take_from(config, base.config, BASE_PARTS)
+    path = Path(str(find_checkpoint(config.init_from, config.outputs)))
+    if path.is_file():
+        config.tokenizer_from = read_checkpoint(path, mapped=True)["dcar"]["tokenizer_from"]
+    else:
+        path = find_folder(config.init_from, config.outputs)
+        config.tokenizer_from = str(path)
+    config.init_from = str(path)
+    return train(config, options)
+
+
 def lora(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Train adapters, then write `model` (base + adapters) and `adapter` (they alone).
 
@@ -83,7 +102,7 @@ def lora(config: DictConfig, options: RunOptions) -> dict[str, float]:
     except ImportError as error:
         raise ConfigError(str(error)) from error
     base = find_base(config.init_from, config.outputs)
-    take_from(config, base.config, ("tokenizer", "generator", "text_encoder", "sampler"))
+    take_from(config, base.config, BASE_PARTS)
     del base
     metrics = train(config, options)
     if not options.dry_run:

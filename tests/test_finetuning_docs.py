@@ -22,7 +22,7 @@ LINES = [
     for line in block.split("\n")
     if line.startswith("python")
 ]
-TRAININGS = ("finetune/decoder", "finetune/lora")
+TRAININGS = ("finetune/decoder", "finetune/lora", "finetune/generator")
 SHORT = ["max_steps=2", "warmup_steps=1", "batch_size=4", "val_every=2", "data.num_workers=0"]
 SHORT += ["trainer.precision=32-true", "+trainer.limit_val_batches=2", "fid_features=null"]
 
@@ -49,6 +49,9 @@ def test_the_page_is_followed_from_top_to_bottom(tmp_path: Path, monkeypatch) ->
     assert fingerprint(new_decoder.generator) != fingerprint(merged.generator)
     assert fingerprint(start.tokenizer) != fingerprint(new_decoder.tokenizer)
     assert fingerprint(new_decoder.tokenizer) == fingerprint(merged.tokenizer)
+    whole = load_model("outputs/finetune/generator/model")
+    assert fingerprint(whole.tokenizer) == fingerprint(new_decoder.tokenizer)
+    assert fingerprint(whole.text_encoder) != fingerprint(new_decoder.text_encoder)
     assert fingerprint(load_model("outputs/finetune/lora/model").generator) == fingerprint(
         merged.generator
     )

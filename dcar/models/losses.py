@@ -120,8 +120,8 @@ class CrossEntropy(torch.autograd.Function):
     """`F.cross_entropy` of logits (M, K) and ids (M,) with label smoothing: losses (M,) in fp32.
 
     The logits are widened a few rows at a time, and once more in the backward pass, so that nothing
-    of their size is kept or written in fp32: `F.cross_entropy` takes a third of a small model's
-    training step on a CPU, and several times the logits' memory.
+    of their size is kept or written in fp32, which costs `F.cross_entropy` time and several times
+    the logits' memory (benchmarks/cross_entropy.py).
     """
 
     @staticmethod

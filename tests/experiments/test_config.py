@@ -128,6 +128,13 @@ def test_a_checkpoint_is_found_by_path_and_by_experiment(tmp_path) -> None:
     assert find_checkpoint(str(path), "outputs") == str(path)
     assert find_checkpoint("smoke/stage1", "out") == "out/smoke/stage1/checkpoints/last.ckpt"
     assert find_checkpoint(None, "outputs") is None
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert find_checkpoint("run", str(tmp_path)) == str(last)  # to be written
+    last.parent.mkdir(parents=True)
+    assert find_checkpoint(str(tmp_path / "run"), "outputs") == str(last)  # its folder, empty
+    last.touch()
+    for reference, outputs in (("run", str(tmp_path)), (str(tmp_path / "run"), "outputs")):
+        assert find_checkpoint(reference, outputs) == str(last)
 
 
 def test_a_model_folder_is_found_by_path_and_by_a_shipped_model_s_name(tmp_path) -> None:

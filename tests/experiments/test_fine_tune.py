@@ -118,6 +118,26 @@ def test_adapters_learn_a_style_and_its_held_out_pictures_gain(tmp_path: Path) -
     assert sum(after.values()) < sum(before.values())
 
 
+@pytest.mark.slow
+def test_all_weights_of_a_model_go_on_from_where_they_are(base: Path, tmp_path: Path) -> None:
+    run = ["--exp=finetune/generator", "data=emoji", "data.num_workers=0", "batch_size=4"]
+    run += ["max_steps=2", "warmup_steps=1", "val_every=2", "+trainer.limit_val_batches=1"]
+    before, prints = load_model(base), []
+    for rate, start in ((0, base), (1e-3, base), (0, "finetune/generator")):
+        more = [f"learning_rate={rate}", f"init_from={start}", f"outputs={tmp_path}"]
+        more += ["output_dir=${outputs}/again"] if start != base else []
+        assert main([*run, *more]) == 0
+        folder = tmp_path / ("again" if start != base else "finetune/generator")
+        after = load_model(folder / "model")
+        assert fingerprint(after.tokenizer) == fingerprint(before.tokenizer)
+        assert after.sampler == before.sampler and after.size == before.size
+        prints.append((fingerprint(after.generator), fingerprint(after.text_encoder)))
+    kept, moved, again = prints
+    assert kept == (fingerprint(before.generator), fingerprint(before.text_encoder))
+    assert moved[0] != kept[0] and moved[1] != kept[1]
+    assert again == moved  # from the checkpoint that the second left
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Files to the byte; config.json without the lineage, which is of one run at one time."""
     files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -31,6 +31,7 @@ from tests.toys import ToyData
 
 TRAININGS = (
     "finetune/decoder",
+    "finetune/generator",
     "finetune/lora",
     "generator/",
     "quickstart/",
