@@ -37,11 +37,25 @@ def logged_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+BAR_WIDTH = 98  # columns of a terminal that the bar, its counts and times take in a long run
+
+
+def fitting(metrics: dict[str, Any], columns: int) -> dict[str, Any]:
+    """The first of them that fit into so many columns as Lightning writes them, at least one."""
+    fits: dict[str, Any] = {}
+    for name, value in metrics.items():
+        columns -= len(f"{name}: {value:.3f} " if isinstance(value, float) else f"{name}: {value} ")
+        if fits and columns < -1:  # no space after the last
+            break
+        fits[name] = value
+    return fits
+
+
 class StepProgressBar(RichProgressBar):
     """Lightning's bar for trainings that are told how many steps, not how many epochs, to run.
 
-    shown: names of logged training metrics beside the bar; looked at every `every_batches` only,
-    since to read a value waits for the GPU.
+    shown: names of logged training metrics beside the bar, as many of them as the line has room
+    for; looked at every `every_batches` only, since to read a value waits for the GPU.
     """
 
     def __init__(
@@ -55,7 +69,9 @@ class StepProgressBar(RichProgressBar):
         if trainer.training and trainer.fit_loop.total_batch_idx % self.every_batches == 0:
             logged = trainer.callback_metrics
             self.read = {name: float(logged[name]) for name in self.shown if name in logged}
-        return super().get_metrics(trainer, pl_module) | self.read
+        metrics = self.read | super().get_metrics(trainer, pl_module)
+        width = self._console.width if self._console is not None else 80
+        return fitting(metrics, width - BAR_WIDTH)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch}"

@@ -14,7 +14,9 @@ from dcar.lit.callbacks import (
     ReconstructionGrid,
     SampleGrid,
     SkippedSamples,
+    StepProgressBar,
     Throughput,
+    fitting,
 )
 from tests.shards import build, stream
 from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer
@@ -52,6 +54,29 @@ def test_tokenizer_run_shows_grid_histogram_config_and_grouped_scalars(tmp_path:
     assert groups == {"train", "val", "opt", "codebook", "data", "perf"}
     assert all(event.value > 0 for event in shown.Scalars("perf/images_per_second"))
     assert all(0 <= event.value <= 1 for event in shown.Scalars("data/wait_share"))
+
+
+def test_the_bar_shows_what_fits_into_its_line() -> None:
+    metrics = {"train/loss": 4.4521, "val/token": 3.7, "steps": 12}
+    widths = [len("train/loss: 4.452"), len(" val/token: 3.700"), len(" steps: 12")]
+    for count in (1, 2, 3):
+        columns = sum(widths[:count])
+        assert list(fitting(metrics, columns)) == list(metrics)[:count]
+        assert list(fitting(metrics, columns - 1)) == list(metrics)[: max(1, count - 1)]
+    assert fitting({}, 80) == {}
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_run_s_bar_is_one_line(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = StepProgressBar(every_batches=1, console_kwargs={"width": width})
+    toy_trainer(4, callbacks=[bar], enable_progress_bar=True, limit_val_batches=1).fit(
+        toy_masked_generator(), datamodule=ToyData()
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert sum("4/4" in line for line in lines) == 1
+    (last,) = [line for line in lines if "/" in line]
+    assert "train/loss: " in last and len(last) <= width
+    assert ("train/token: " in last) == (width == 160)
 
 
 def test_generator_run_draws_the_fixed_prompts_beside_the_scalars(tmp_path: Path) -> None:
