@@ -1,7 +1,7 @@
 """Speed of training: samples a second, share of the device's peak, and what the framework costs.
 
 python -m benchmarks.training [--exp tokenizer/stage2 generator/pretrain_256 ...] [--small | --full]
-    [--batches 8] [--rounds 8] [--batch B] [--precision P] [--workers W] [--profile FILE]
+    [--batches 8] [--rounds 8] [--batch B] [--precision P ...] [--workers W] [--profile FILE]
     [--set KEY=VALUE ...]
 
 Each experiment is built as `experiments.run` builds it, callbacks and loggers included, with random
@@ -9,7 +9,8 @@ weights and without validations and checkpoints. Blocks of `--batches` batches t
 loop (forward, backward, clipping, optimizer step of the same module), `Trainer.fit` on batches in
 memory, `Trainer.fit` on shards. Overhead is the part of a `Trainer.fit` batch that a plain one does
 not take. Processor time says the same where other programs take turns on the cores. Peak is that
-of a large matrix product in the training's precision, measured in the same process.
+of a large matrix product in the training's precision, measured in the same process. Of several
+precisions, measured in turn, each is compared with the first.
 On a CPU the quickstart's sizes stand in for the paper's (--full takes those). The embedded pictures
 are the data; `--set data=shards train_urls=... val_urls=...` takes others.
 """
@@ -55,7 +56,9 @@ ALWAYS += ["init_from=null", "trainer.devices=1"]
 CLOCKS = (("wall", "clock"), ("cpu", "processor"))
 
 
-def overrides(name: str, options: argparse.Namespace, outputs: str) -> list[str]:
+def overrides(
+    name: str, options: argparse.Namespace, outputs: str, precision: str | None = None
+) -> list[str]:
     found = [*ALWAYS, f"outputs={outputs}", *CHANGES.get(name, [])]
     if "tokenizer_from" in load_config(name):  # tokens are made in every step, as at full size
         found += ["tokenizer_from=null", "module.fid_images=0", "++module.cache_tokens=false"]
@@ -65,7 +68,7 @@ def overrides(name: str, options: argparse.Namespace, outputs: str) -> list[str]
         found += ["data=emoji", "data.train.cache=false"]
     for key, value in (
         ("batch_size", options.batch),
-        ("trainer.precision", options.precision),
+        ("trainer.precision", precision),
         ("data.num_workers", options.workers),
     ):
         found += [] if value is None else [f"{key}={value}"]
@@ -86,7 +89,8 @@ def line(what: str, costs: Sequence[Cost]) -> None:
     )
 
 
-def report(turns: Turns, batch_size: int) -> None:
+def report(turns: Turns, batch_size: int) -> float:
+    """Returns samples a second, from memory."""
     device, costs = turns.module.device, turns.costs
     line("plain loop", costs[PLAIN])
     line("Trainer.fit from memory", costs[MEMORY])
@@ -112,6 +116,7 @@ def report(turns: Turns, batch_size: int) -> None:
         )
     if device.type == "cuda":
         print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return batch_size / seconds
 
 
 def describe(config: DictConfig, module: BaseModule, precision: str) -> None:
@@ -122,9 +127,10 @@ def describe(config: DictConfig, module: BaseModule, precision: str) -> None:
     )
 
 
-def run(name: str, options: argparse.Namespace) -> None:
+def run(name: str, options: argparse.Namespace, precision: str | None) -> float:
+    """Samples a second, from memory; prints all else."""
     with tempfile.TemporaryDirectory() as outputs:
-        config = load_config(name, overrides(name, options, outputs))
+        config = load_config(name, overrides(name, options, outputs, precision))
         torch.manual_seed(config.seed)
         module: BaseModule = build(config.module)
         trainer: Any = build_trainer(config, module, RunOptions())
@@ -136,9 +142,10 @@ def run(name: str, options: argparse.Namespace) -> None:
         turns = Turns(module, memory, loader, batches=block, rounds=options.rounds, profile=profile)
         measure(trainer, turns)
         describe(config, module, trainer.precision)
-        report(turns, config.batch_size)
+        speed = report(turns, config.batch_size)
     if profile is not None:
         profile.dump_stats(options.profile)
+    return speed
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -153,7 +160,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--memory", type=int, default=4, help="batches kept in memory")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--precision")
+    parser.add_argument("--precision", nargs="+", default=[None])
     parser.add_argument("--workers", type=int)
     parser.add_argument("--profile", help="file for `python -m pstats`, of the blocks from memory")
     parser.add_argument("--set", nargs="*", default=[])
@@ -169,7 +176,12 @@ def main() -> None:
         f"{torch.get_num_threads()} threads; PyTorch {torch.__version__}"
     )
     for name in options.exp:
-        run(SMALL.get(name, name) if options.small else name, options)
+        name = SMALL.get(name, name) if options.small else name
+        first, *others = options.precision
+        reference = run(name, options, first)
+        for precision in others:
+            times = run(name, options, precision) / reference
+            print(f"  {times:.2f} times the samples a second of {first}")
 
 
 if __name__ == "__main__":
