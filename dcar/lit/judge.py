@@ -17,6 +17,7 @@ from dcar.data.views import LABELS, ViewLoader, ViewSet, read_names
 from dcar.lit.base import BaseModule
 from dcar.lit.stepping import Losses
 from dcar.models.judge import IGNORED, Judge, Verdict, judge_losses
+from dcar.models.precision import without_autocast
 
 
 class JudgeData(LightningDataModule):
@@ -115,7 +116,8 @@ class JudgeTraining(BaseModule):
             found = zip(pooled.half().cpu(), placed.half().cpu(), strict=True)
             self.kept.update(zip([numbers[row] for row in rows], found, strict=True))
         known = [self.kept[number] for number in numbers]
-        pooled, placed = (torch.stack(part) for part in zip(*known, strict=True))
+        with without_autocast(known[0][0]):  # on a CPU in bf16 it stacks no fp16
+            pooled, placed = (torch.stack(part) for part in zip(*known, strict=True))
         return pooled.to(self.device).float(), placed.to(self.device).float()
 
     def labels_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -116,6 +116,9 @@ class TokenizerCriterion(nn.Module):
         return terms
 
 
+LOGITS_AT_ONCE = {"cpu": 2**19}  # that are widened to fp32, where the device is not a GPU
+
+
 class CrossEntropy(torch.autograd.Function):
     """`F.cross_entropy` of logits (M, K) and ids (M,) with label smoothing: losses (M,) in fp32.
 
@@ -153,8 +156,7 @@ class CrossEntropy(torch.autograd.Function):
 
 def _rows(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of all: as many as stay in a core's cache, or keep a GPU busy."""
-    elements = 2**19 if logits.device.type == "cpu" else 2**26
-    rows = max(1, elements // logits.shape[1])
+    rows = max(1, LOGITS_AT_ONCE.get(logits.device.type, 2**26) // logits.shape[1])
     return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 

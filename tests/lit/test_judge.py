@@ -109,14 +109,17 @@ def test_it_learns_and_is_measured_on_every_set(data: JudgeData) -> None:
     assert 0 <= float(trainer.callback_metrics["heldout/style_top1"]) <= 1
 
 
-def test_levels_of_views_that_come_again_are_kept_in_half_precision() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_levels_of_views_that_come_again_are_kept_in_half_precision(dtype: torch.dtype) -> None:
     judge = module()
     judge.keeps_levels = True
     image = torch.rand(3, 3, 64, 64) * 2 - 1
     seen: list[int] = []
     judge.network.levels.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    judge.levels({"image": image[:2], "number": [7, 8]})
-    pooled, placed = judge.levels({"image": image[[2, 1, 0]], "number": [9, 8, 7]})
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        judge.levels({"image": image[:2], "number": [7, 8]})
+        pooled, placed = judge.levels({"image": image[[2, 1, 0]], "number": [9, 8, 7]})
+    assert pooled.dtype == placed.dtype == torch.float32
     assert seen == [2, 1]  # view 9 alone was new
     for ours, theirs in zip((pooled, placed), judge.network.levels(image[[2, 1, 0]]), strict=True):
         torch.testing.assert_close(ours, theirs.half().float(), rtol=1e-2, atol=1e-3)
