@@ -21,9 +21,9 @@ install: $(STAMP)  ## make .venv and install the project with pinned versions
 quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
 	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
 
-export PROMPT ?= a blue whale, 3d style
+export PROMPT ?= a sunflower, 3d style
 
-sample: $(STAMP)  ## a picture of PROMPT by the shipped model: make sample PROMPT="a blue whale, 3d style"
+sample: $(STAMP)  ## a picture of PROMPT by the shipped model: make sample PROMPT="a sunflower, 3d style"
 	@$(BIN)/python -m experiments.run --exp=sample "prompt=$$PROMPT" out=$(OUTPUTS)/sample.png
 
 train-mini: $(STAMP)  ## train the shipped model anew, from nothing; goes on where it was stopped

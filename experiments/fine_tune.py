@@ -34,7 +34,7 @@ def find_base(reference: str, outputs: str, checkpoint_activations: bool = False
     named = Path(outputs) / reference
     if not (named / "model").is_dir() and (named / "checkpoints" / "last.ckpt").is_file():
         reference = str(find_checkpoint(reference, outputs))
-    model = find_model(reference, outputs)
+    model = find_model(reference, outputs, key="init_from")
     switch_checkpointing(model.generator, checkpoint_activations)
     return model
 
@@ -88,7 +88,10 @@ def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
         path = find_folder(config.init_from, config.outputs)
         config.tokenizer_from = str(path)
     config.init_from = str(path)
-    return train(config, options)
+    metrics = train(config, options)
+    if not options.dry_run:
+        rank_zero_info(f"{Path(config.output_dir) / 'model'}: all weights of {path}, fine-tuned")
+    return metrics
 
 
 def lora(config: DictConfig, options: RunOptions) -> dict[str, float]:

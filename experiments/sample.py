@@ -38,7 +38,7 @@ def read_prompts(prompt: object) -> list[str]:
     return [prompt]
 
 
-def find_folder(reference: str, outputs: str) -> Path:
+def find_folder(reference: str, outputs: str, *, key: str = "ckpt") -> Path:
     """A model folder, a run's folder, the name of a shipped model, or an experiment's name."""
     path = Path(reference)
     folders = [path, path / "model"]
@@ -49,18 +49,18 @@ def find_folder(reference: str, outputs: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise CheckpointError(
-        f"ckpt={reference} is no checkpoint, no model that comes with the package "
+        f"{key}={reference} is no checkpoint, no model that comes with the package "
         f"({', '.join(shipped_models())}), and no config.json lies in "
         + " or ".join(str(folder) for folder in folders)
     )
 
 
-def find_model(reference: str, outputs: str) -> Model:
-    """What `find_folder` takes, or a Lightning checkpoint."""
+def find_model(reference: str, outputs: str, *, key: str = "ckpt") -> Model:
+    """What `find_folder` takes, or a Lightning checkpoint. key: the setting, for its errors."""
     path = Path(reference)
-    return (
-        model_of_checkpoint(path) if path.is_file() else load_model(find_folder(reference, outputs))
-    )
+    if path.is_file():
+        return model_of_checkpoint(path)
+    return load_model(find_folder(reference, outputs, key=key))
 
 
 def model_of_checkpoint(path: Path) -> Model:
@@ -129,4 +129,4 @@ def write(
         grid_path = Path(config.out)
         columns = min(8, len(pictures))
         save_png(captioned_grid(pictures, prompts, columns=columns), grid_path, settings)
-        print(f"{grid_path}: all {len(pictures)}")
+        print(f"{grid_path}: all {len(pictures)} with their prompts")

@@ -83,7 +83,7 @@ def test_the_python_of_its_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (block,) = blocks(FOLDER / "README.md", "python")
     exec(block, {})
-    assert Path("whale.png").is_file()
+    assert Path("sunflower.png").is_file()
 
 
 @pytest.mark.parametrize("page", [FOLDER / "README.md", ROOT / "docs/mini.md"])

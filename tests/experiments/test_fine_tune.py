@@ -118,6 +118,13 @@ def test_adapters_learn_a_style_and_its_held_out_pictures_gain(tmp_path: Path) -
     assert sum(after.values()) < sum(before.values())
 
 
+@pytest.mark.parametrize("exp", ["generator", "lora", "decoder"])
+def test_a_base_that_is_not_there_is_named_by_its_setting(exp: str, tmp_path: Path, capsys) -> None:
+    command = [f"--exp=finetune/{exp}", "init_from=nowhere", "data=emoji", f"outputs={tmp_path}"]
+    assert main(command) == 2
+    assert "init_from=nowhere is no checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_all_weights_of_a_model_go_on_from_where_they_are(base: Path, tmp_path: Path) -> None:
     run = ["--exp=finetune/generator", "data=emoji", "data.num_workers=0", "batch_size=4"]
