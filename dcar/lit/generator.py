@@ -22,6 +22,7 @@ from dcar.lit.stepping import Losses
 from dcar.models.checkpoints import Model, load_model, load_strictly, load_tokenizer
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
+from dcar.models.precision import without_autocast
 from dcar.models.residual_head import BaseResidualHead
 from dcar.models.sampler import SamplerSettings, Tokens, sample
 from dcar.models.tokenizer import HybridTokenizer
@@ -40,7 +41,8 @@ class TokenCache:
     def get(self, keys: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """The batch's ids and residuals; every key is known."""
         ids, residual = zip(*(self.entries[key] for key in keys), strict=True)
-        return torch.stack(ids).to(device), torch.stack(residual).to(device).float()
+        with without_autocast(residual[0]):  # on a CPU in bf16 it stacks no fp16
+            return torch.stack(ids).to(device), torch.stack(residual).to(device).float()
 
     def put(self, keys: Sequence[str], ids: Tensor, residual: Tensor) -> None:
         half = residual.half().cpu()

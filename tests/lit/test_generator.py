@@ -13,7 +13,7 @@ from dcar.errors import CheckpointError
 from dcar.evaluation.metrics import GenerationMetrics
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.datamodule import ShardDataModule
-from dcar.lit.generator import MaskedARGenerator
+from dcar.lit.generator import MaskedARGenerator, TokenCache
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.models.text_encoder import ByteT5TextEncoder
 from tests.prediction_toys import make_tokens, write_pictures
@@ -118,6 +118,17 @@ def test_a_stage_1_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="written by TokenizerStage1"):
         toy_masked_generator(tokenizer_from=tmp_path / "a.ckpt")
+
+
+def test_tokens_made_once_are_found_again_under_autocast() -> None:
+    cache, ids, residual = TokenCache(), torch.arange(8).view(2, 2, 2), torch.randn(2, 4, 2, 2)
+    cache.put(["a", "b"], ids, residual)
+    assert cache.missing(["b", "c", "a"]) == [1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, its_residual = cache.get(["b", "a"], torch.device("cpu"))
+    assert torch.equal(found, ids.flip(0)) and torch.equal(
+        its_residual, residual.flip(0).half().float()
+    )
 
 
 def test_weights_of_one_resolution_start_another(tmp_path: Path) -> None:
