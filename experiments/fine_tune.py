@@ -22,8 +22,9 @@ from dcar.models.fingerprint import tokenizer_fingerprint
 from dcar.models.lora import Adapter, import_peft
 from dcar.models.tokenizer import HybridTokenizer
 from experiments.config import ConfigError, find_checkpoint
+from experiments.lineage import find
 from experiments.run import RunOptions
-from experiments.sample import find_folder, find_model
+from experiments.sample import find_model
 from experiments.train import train
 
 BASE_PARTS = ("tokenizer", "generator", "text_encoder", "sampler")
@@ -81,12 +82,9 @@ def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """
     base = find_base(config.init_from, config.outputs)
     take_from(config, base.config, BASE_PARTS)
-    path = Path(str(find_checkpoint(config.init_from, config.outputs)))
-    if path.is_file():
-        config.tokenizer_from = read_checkpoint(path, mapped=True)["dcar"]["tokenizer_from"]
-    else:
-        path = find_folder(config.init_from, config.outputs)
-        config.tokenizer_from = str(path)
+    path = find(config.init_from, config.outputs, models_first=True)
+    saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
+    config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
     config.init_from = str(path)
     metrics = train(config, options)
     if not options.dry_run:
