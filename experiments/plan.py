@@ -177,7 +177,7 @@ def training_steps(config: DictConfig, target: DictConfig) -> tuple[Step, Step |
 def optimizer_values(node: DictConfig) -> float:
     """Values that the optimizer keeps for each trained one, from a real step of a small matrix."""
     matrix = nn.Parameter(torch.ones(64, 64))
-    optimizer = build(node)([{"params": [matrix]}])
+    optimizer = build(node)([{"params": [("matrix", matrix)]}])
     matrix.sum().backward()
     optimizer.step()
     kept = [value for value in optimizer.state[matrix].values() if torch.is_tensor(value)]

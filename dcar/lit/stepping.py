@@ -35,13 +35,12 @@ class Losses:
 
 
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    """Trainable parameters, decayed where they are matrices or convolutions, each exactly once."""
-    parameters = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values()
-    decayed = [p for p in parameters if p.ndim >= 2]
-    plain = [p for p in parameters if p.ndim < 2]
+    """Named trainable parameters, decayed where they have two axes or more, each exactly once."""
+    named = {id(p): (name, p) for m in modules for name, p in m.named_parameters()}.values()
+    trained = [(name, p) for name, p in named if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in trained if p.ndim >= 2]},
+        {"params": [(name, p) for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dcar.data.shards import write_shards
+from dcar.lit.stepping import parameter_groups
 from experiments.components import build
 from experiments.config import CONFIGS, experiment_names, load_config
 from tests.shards import row
@@ -92,6 +93,40 @@ def test_a_component_is_swapped_by_one_word(name: str, override: str) -> None:
     assert OmegaConf.select(before, key) != OmegaConf.select(after, key)
     with torch.device("meta"):
         build(after[key.split(".")[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "aside"),
+    [
+        ("generator/pretrain_256", set()),
+        (
+            "mini/generator",
+            {
+                "generator.residual_head.code_embedding.weight",
+                "text_encoder.model.embed_tokens.weight",
+                "text_encoder.model.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                "text_encoder.words.table.weight",
+            },
+        ),
+    ],
+)
+def test_muon_trains_every_matrix_but_the_ends(name: str, aside: set[str]) -> None:
+    config = load(name, "optimizer=muon")
+    with torch.device("meta"):
+        parts = {"generator": build(config.generator)}
+        if name == "mini/generator":
+            parts["text_encoder"] = build(config.text_encoder)
+    network = torch.nn.ModuleDict(parts)
+    muon, adamw, plain = build(config.optimizer)(parameter_groups([network])).param_groups
+    assert set(adamw["param_names"]) == aside | {
+        "generator.transformer.token_embedding.weight",
+        "generator.transformer.output.weight",
+        "generator.residual_head.denoiser.output.weight",
+    }
+    matrices = {key for key, value in network.named_parameters() if value.ndim == 2}
+    assert set(muon["param_names"]) == matrices - set(adamw["param_names"])
+    assert muon["lr"] == adamw["lr"] == config.learning_rate
+    assert muon["weight_decay"] == config.optimizer.weight_decay and plain["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("choice", ["journeydb", "journeydb_buckets", "mixture", "shards"])

@@ -131,12 +131,15 @@ def test_numbers_of_one_s_own_replace_those_of_a_device() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "values"),
-    [("torch.optim.AdamW", 2), ("torch.optim.SGD", 0), ("torch.optim.RMSprop", 1)],
+    [("torch.optim.AdamW", 2), ("torch.optim.SGD", 0), ("torch.optim.RMSprop", 1), ("muon", 1)],
 )
 def test_an_optimizer_s_state_is_counted_by_a_step_of_it(optimizer: str, values: int) -> None:
-    node = load_config("smoke/stage1").optimizer
-    node._target_ = optimizer
-    if optimizer != "torch.optim.AdamW":
+    if optimizer == "muon":
+        node = load_config("smoke/pretrain_256", ["optimizer=muon"]).optimizer
+    else:
+        node = load_config("smoke/stage1").optimizer
+        node._target_ = optimizer
+    if "AdamW" not in optimizer and optimizer != "muon":
         del node.betas, node.fused
     assert optimizer_values(node) == values
 

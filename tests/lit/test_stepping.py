@@ -21,9 +21,12 @@ from tests.toys import ToyData, toy_stage, toy_trainer, weights
 def test_decay_falls_on_matrices_alone_and_every_parameter_has_one_group() -> None:
     network = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Conv2d(1, 1, 1))
     decayed, plain = parameter_groups([network, network])
-    assert {p.ndim for p in decayed["params"]} == {2, 4}
-    assert plain["weight_decay"] == 0.0 and {p.ndim for p in plain["params"]} == {1}
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
+    assert dict(decayed["params"]).keys() == {"0.weight", "2.weight"}
+    assert plain["weight_decay"] == 0.0
+    assert {p.ndim for p in dict(plain["params"]).values()} == {1}
+    both = {**dict(decayed["params"]), **dict(plain["params"])}
+    assert all(both[name] is parameter for name, parameter in network.named_parameters())
+    assert len(decayed["params"]) + len(plain["params"]) == len(both)
 
 
 def test_two_optimizers_count_each_batch_once() -> None:

@@ -1,0 +1,109 @@
+"""Muon and AdamW as one optimizer: the steps are torch's, the state is one, and it resumes."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon
+
+from dcar.lit.optimizers import MuonAdamW
+from dcar.lit.stepping import parameter_groups
+from tests.toys import ToyData, toy_masked_generator, toy_trainer, weights
+
+muon = partial(MuonAdamW, lr=0.1, aside=["embedding"], weight_decay=0.2)
+
+
+class Network(nn.Module):
+    """One matrix for Muon; a kernel, an embedding, a norm and biases for AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(5, 4)
+        self.inner = nn.Linear(4, 6)
+        self.norm = nn.LayerNorm(6)
+        self.kernel = nn.Conv1d(6, 2, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.norm(self.inner(self.embedding(ids)))
+        return self.kernel(hidden.mT)
+
+
+def take_steps(network: nn.Module, optimizers: list[Any], count: int) -> None:
+    for step in range(count):
+        ids = torch.randint(5, (3, 7), generator=torch.Generator().manual_seed(step))
+        network.zero_grad()
+        network(ids).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_steps_are_those_of_torch_s_two_optimizers() -> None:
+    together, apart = Network(), Network()
+    take_steps(together, [muon(parameter_groups([together]))], 3)
+    matrix = apart.inner.weight
+    both = [
+        Muon([matrix], lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        AdamW(
+            [
+                {"params": [apart.embedding.weight, apart.kernel.weight], "weight_decay": 0.2},
+                {"params": [p for p in apart.parameters() if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=0.1,
+            betas=(0.9, 0.95),
+        ),
+    ]
+    take_steps(apart, both, 3)
+    for (name, ours), theirs in zip(together.named_parameters(), apart.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not torch.equal(matrix, Network().inner.weight)
+
+
+def test_one_schedule_sets_the_rates_of_both() -> None:
+    network = Network()
+    optimizer = muon(parameter_groups([network]))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = copy.deepcopy(network.state_dict())
+    take_steps(network, [optimizer], 1)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_loaded_state_goes_on_as_if_never_saved() -> None:
+    network = Network()
+    optimizer = muon(parameter_groups([network]))
+    take_steps(network, [optimizer], 2)
+    resumed = copy.deepcopy(network)
+    loaded = muon(parameter_groups([resumed]))
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    take_steps(network, [optimizer], 2)
+    take_steps(resumed, [loaded], 2)
+    for (name, ours), theirs in zip(resumed.named_parameters(), network.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    kept = {tuple(state) for state in loaded.state_dict()["state"].values()}
+    assert kept == {("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")}
+
+
+def test_without_a_matrix_for_muon_it_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"aside \['weight'\] leaves no matrix"):
+        MuonAdamW(parameter_groups([Network()]), lr=0.1, aside=["weight"])
+
+
+def test_a_training_resumes_bit_by_bit(tmp_path: Path) -> None:
+    optimizer = partial(MuonAdamW, lr=1e-2, aside=["token_embedding", "transformer.output"])
+
+    def trained(steps: int, **more: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module = toy_masked_generator(optimizer=optimizer)
+        saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer = toy_trainer(steps, callbacks=[saving], enable_checkpointing=True)
+        trainer.fit(module, datamodule=ToyData(), **more)
+        return weights(module)
+
+    whole = trained(4)
+    resumed = trained(4, ckpt_path=tmp_path / "step=2.ckpt")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
