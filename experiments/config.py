@@ -29,21 +29,33 @@ class ConfigError(ValueError):
     """The experiment, a key or a value is wrong: one line that names it and what is near."""
 
 
-def find_checkpoint(reference: str | None, outputs: str) -> str | None:
-    """A checkpoint, a run's folder, the name of the experiment that wrote it, or a model folder.
+def places(reference: str, outputs: str, *, models_first: bool = False) -> list[Path]:
+    """Checkpoints and configs of model folders that a name may mean, in the order of looking.
 
-    A model folder by path, or by the name of a model that comes with the package. Where nothing is
-    found: the path of the checkpoint that the experiment will write.
+    It is a run's folder or a model folder, an experiment's name, or a shipped model's.
+    """
+    named, given = Path(outputs) / reference, Path(reference)
+    runs = (given, named) if given.is_dir() else (named, given)
+    checkpoints = [run / "checkpoints" / "last.ckpt" for run in runs]
+    models = [run / name for run in runs for name in ("config.json", "model/config.json")]
+    ordered = [*models, *checkpoints] if models_first else [*checkpoints, *models]
+    return [*ordered, REPOSITORY / "dcar/weights" / reference / "config.json"]
+
+
+def found(place: Path) -> Path:
+    """What is meant by one of `places`: the checkpoint, or the model folder of a config."""
+    return place.parent if place.name == "config.json" else place
+
+
+def find_checkpoint(reference: str | None, outputs: str) -> str | None:
+    """A checkpoint, or what is there under one of its `places`.
+
+    Where nothing is: the path of the checkpoint that the experiment will write.
     """
     if reference is None or Path(reference).is_file():
         return reference
-    run, named = Path(reference), Path(outputs) / reference
-    lasts = [folder / "checkpoints" / "last.ckpt" for folder in (named, run)]
-    configs = [folder / "config.json" for folder in (run, REPOSITORY / "dcar/weights" / reference)]
-    for place in (*lasts, *configs):
-        if place.is_file():
-            return str(place if place in lasts else place.parent)
-    return str(lasts[1] if run.is_dir() else lasts[0])
+    possible = places(reference, outputs)
+    return str(next((found(place) for place in possible if place.is_file()), possible[0]))
 
 
 def quick_dtype() -> str:

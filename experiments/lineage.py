@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dcar.errors import CheckpointError
 from dcar.lit.lineage import Link, Record, chain, run_lineage
-from dcar.models.checkpoints import model_folder, shipped_models
+from experiments.config import found, places
 from experiments.run import RunOptions
 
 SHORT = 12  # digits of a digest
@@ -22,24 +22,19 @@ HOW = {
 
 
 def find(reference: str, outputs: str, *, models_first: bool = False) -> Path:
-    """A checkpoint, a run's folder, an experiment's name, a shipped model's, or a model folder.
+    """A checkpoint, or what is there under one of its `places`.
 
     Raises CheckpointError naming where it was looked for.
     """
     path = Path(reference)
     if path.is_file():
         return path
-    if not path.exists() and reference in shipped_models():
-        return model_folder(reference)
-    runs = (path, Path(outputs) / reference)
-    checkpoints = [run / "checkpoints" / "last.ckpt" for run in runs]
-    models = [run / name for run in runs for name in ("config.json", "model/config.json")]
-    places = [*models, *checkpoints] if models_first else [*checkpoints, *models]
-    for place in places:
+    possible = places(reference, outputs, models_first=models_first)
+    for place in possible:
         if place.is_file():
-            return place.parent if place in models else place
+            return found(place)
     raise CheckpointError(
-        f"{reference} is no checkpoint, and there is no " + " or ".join(map(str, places))
+        f"{reference} is no checkpoint, and there is no " + " or ".join(map(str, possible))
     )
 
 
