@@ -62,8 +62,10 @@ def quick_dtype() -> str:
     """bfloat16 on a GPU and on a CPU that has instructions for it, else float32."""
     import torch  # only where it is asked for: `--list` and the tools for data start without
 
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if on_cpu or torch.cuda.is_available() else "float32"
+    from dcar.models import precision
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(precision.quick_dtype(device)).removeprefix("torch.")
 
 
 def given(value: Any, key: str) -> Any:

@@ -1,13 +1,83 @@
 """Muon for the matrices between a network's ends, AdamW for all else, as one optimizer.
 
 Sources: Muon (Jordan et al., 2024), its step scaled to AdamW's (arXiv 2502.16982).
+n matrices of A rows and B columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import sqrt
+from typing import Any, cast
 
 import torch
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from dcar.lit.sharding import piece_like, whole
+from dcar.models.precision import quick_dtype
+
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: steep at 0, so few iterations do
+LIKE_ADAMW = 0.2  # root mean square of AdamW's steps, in learning rates
+AT_ONCE = 2**24  # values that are orthogonalised together
+
+
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices (n, A, B) with singular values drawn to about 1 (0.7 to 1.2), computed in `dtype`.
+
+    By Newton-Schulz iterations. Singular values below some thousandths of the largest stay smaller.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    found = matrices.mT if is_tall else matrices
+    found = (found / found.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    for _ in range(ITERATIONS):
+        gram = found @ found.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        found = torch.baddbmm(found, factor, found, beta=a)
+    return found.mT if is_tall else found
+
+
+def _of_one_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters with gradients in parts of one shape, none larger than AT_ONCE values."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            shapes.setdefault(parameter.shape, []).append(parameter)
+    for shape, alike in shapes.items():
+        count = max(1, AT_ONCE // shape.numel())
+        yield from (alike[start : start + count] for start in range(0, len(alike), count))
+
+
+class Muon(Optimizer):
+    """Momentum (Nesterov's) whose step is orthogonalised, for matrices; weight decay is decoupled.
+
+    Where the hardware has no quick bf16 it computes in fp32. Sharded matrices are put together for
+    it on every rank.
+    """
+
+    def __init__(self, groups: Any, *, lr: float, momentum: float, weight_decay: float):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for group in self.param_groups:
+            for parameters in _of_one_shape(group["params"]):
+                self._step(parameters, group)
+
+    def _step(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
+        momentum, directions = group["momentum"], []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], cast(Tensor, parameter.grad)
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+            directions.append(whole(gradient.lerp(mean, momentum)))
+        stacked = torch.stack(directions)  # (n, A, B)
+        steps = orthogonalized(stacked, quick_dtype(stacked.device)).to(stacked.dtype)
+        rate = group["lr"] * LIKE_ADAMW * sqrt(max(stacked.shape[1:]))
+        for parameter, step in zip(parameters, steps, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.sub_(piece_like(step, parameter), alpha=rate)
 
 
 def _split(group: Mapping[str, Any], aside: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -21,7 +91,7 @@ def _split(group: Mapping[str, Any], aside: Sequence[str]) -> tuple[dict[str, An
 
 
 class MuonAdamW(Optimizer):
-    """`torch.optim.Muon` and `torch.optim.AdamW` with one learning rate, weight decay and schedule.
+    """`Muon` and `torch.optim.AdamW` with one learning rate, weight decay and schedule.
 
     groups: parameter groups whose `params` are pairs of name and parameter. aside: parts of names
     of matrices that AdamW takes too: embeddings and output projections. Steps of both have about
@@ -45,13 +115,7 @@ class MuonAdamW(Optimizer):
         if not inner:
             raise ValueError(f"aside {list(aside)} leaves no matrix for Muon: take AdamW")
         self.parts: tuple[Optimizer, ...] = (
-            Muon(
-                inner,
-                lr=lr,
-                weight_decay=weight_decay,
-                momentum=momentum,
-                adjust_lr_fn="match_rms_adamw",
-            ),
+            Muon(inner, lr=lr, momentum=momentum, weight_decay=weight_decay),
         )
         if others:
             adamw = AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)

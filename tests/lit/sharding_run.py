@@ -17,10 +17,12 @@ from lightning.pytorch.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from dcar.lit import optimizers
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.last_checkpoint import LastCheckpoint
+from dcar.lit.optimizers import MuonAdamW
 from dcar.lit.sharding import ShardedStrategy, own_piece
 from tests.lit.ddp_run import run_forked
 from tests.toys import (
@@ -64,15 +66,17 @@ class Watch(Callback):
             self.facts["pictures"] += 1
 
 
-def toy_module(*, accumulate: int = 1, checkpoint_activations: bool = False) -> MaskedARGenerator:
+ADAMW = partial(torch.optim.AdamW, lr=1e-2, eps=1e-2, fused=True)  # see ddp_run.py
+MUON = partial(MuonAdamW, lr=1e-2, aside=["token_embedding", "transformer.output"])
+
+
+def toy_module(
+    *, accumulate: int = 1, checkpoint_activations: bool = False, optimizer: Any = ADAMW
+) -> MaskedARGenerator:
     torch.manual_seed(0)
     generator = toy_generator(scale=None, caption_drop=0.3)
     generator.transformer.checkpoint_activations = checkpoint_activations
-    return toy_masked_generator(
-        generator=generator,
-        optimizer=partial(torch.optim.AdamW, lr=1e-2, eps=1e-2, fused=True),  # see ddp_run.py
-        accumulate=accumulate,
-    )
+    return toy_masked_generator(generator=generator, optimizer=optimizer, accumulate=accumulate)
 
 
 def fit(
@@ -104,11 +108,16 @@ def fit(
 
 
 def main(folder: Path, ranks: int) -> None:
+    optimizers.quick_dtype = lambda device: torch.float32  # Muon, too, is compared in fp32
     if ranks == 1:
-        facts = {"one": fit(folder / "one", ranks=1)}
+        facts = {
+            "one": fit(folder / "one", ranks=1),
+            "muon_one": fit(folder / "muon_one", ranks=1, optimizer=MUON),
+        }
     else:
         facts = {
             "two": fit(folder / "two", ranks=2),
+            "muon_two": fit(folder / "muon_two", ranks=2, optimizer=MUON),
             "parts": fit(folder / "parts", ranks=2, accumulate=2, checkpoint_activations=True),
             "resumed": fit(
                 folder / "resumed", ranks=2, resume=folder / "two" / "step_00000003.ckpt"

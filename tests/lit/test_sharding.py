@@ -66,6 +66,16 @@ def test_sharded_ranks_write_the_checkpoint_of_one_process(name: str, runs: Path
 
 
 @pytest.mark.slow
+def test_muon_takes_the_steps_of_one_process_on_sharded_ranks(runs: Path) -> None:
+    one, two = last(runs / "muon_one")["state_dict"], last(runs / "muon_two")["state_dict"]
+    names = [name for name, tensor in one.items() if ".blocks." in name and tensor.ndim == 2]
+    assert len(names) > 10
+    assert_close({name: two[name] for name in names}, {name: one[name] for name in names})
+    adamw = last(runs / "one")["state_dict"]
+    assert all((one[name] - adamw[name]).abs().max() > 1e-3 for name in names)
+
+
+@pytest.mark.slow
 def test_a_rank_holds_half_the_weights_and_the_norm_is_of_all_gradients(runs: Path) -> None:
     one, two = facts(runs, "one"), facts(runs, "two")
     assert max(two["pieces"]) < 0.51 * max(one["pieces"])
