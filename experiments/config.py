@@ -59,7 +59,7 @@ def find_checkpoint(reference: str | None, outputs: str) -> str | None:
 
 
 def quick_dtype() -> str:
-    """bfloat16 on a GPU and on a CPU that has instructions for it, else float32."""
+    """bfloat16 on a GPU and on a CPU that have instructions for it, else float32."""
     import torch  # only where it is asked for: `--list` and the tools for data start without
 
     from dcar.models import precision

@@ -4,7 +4,7 @@ Sources: Muon (Jordan et al., 2024), its step scaled to AdamW's (arXiv 2502.1698
 n matrices of A rows and B columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from math import sqrt
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _of_one_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters with gradients in parts of one shape, none larger than AT_ONCE values."""
+    """Parameters with gradients in parts of one shape: AT_ONCE values at most, or one matrix."""
     shapes: dict[torch.Size, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -48,30 +48,20 @@ def _of_one_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield from (alike[start : start + count] for start in range(0, len(alike), count))
 
 
-class Muon(Optimizer):
-    """Momentum (Nesterov's) whose step is orthogonalised, for matrices; weight decay is decoupled.
+def muon_step(group: Mapping[str, Any], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Move the matrices of a group by their (Nesterov's) momentum, orthogonalised.
 
-    Where the hardware has no quick bf16 it computes in fp32. Sharded matrices are put together for
-    it on every rank.
+    group: `params`, `lr`, `momentum` and `weight_decay`, which is decoupled. Where the hardware has
+    no quick bf16 it computes in fp32. Sharded matrices are put together for it on every rank.
     """
-
-    def __init__(self, groups: Any, *, lr: float, momentum: float, weight_decay: float):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        for group in self.param_groups:
-            for parameters in _of_one_shape(group["params"]):
-                self._step(parameters, group)
-
-    def _step(self, parameters: list[Tensor], group: Mapping[str, Any]) -> None:
-        momentum, directions = group["momentum"], []
+    for parameters in _of_one_shape(group["params"]):
+        directions = []
         for parameter in parameters:
-            state, gradient = self.state[parameter], cast(Tensor, parameter.grad)
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-            directions.append(whole(gradient.lerp(mean, momentum)))
+            own, gradient = state[parameter], cast(Tensor, parameter.grad)
+            if "momentum_buffer" not in own:
+                own["momentum_buffer"] = torch.zeros_like(parameter)
+            mean = own["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            directions.append(whole(gradient.lerp(mean, group["momentum"])))
         stacked = torch.stack(directions)  # (n, A, B)
         steps = orthogonalized(stacked, quick_dtype(stacked.device)).to(stacked.dtype)
         rate = group["lr"] * LIKE_ADAMW * sqrt(max(stacked.shape[1:]))
@@ -82,21 +72,21 @@ class Muon(Optimizer):
 
 def _split(group: Mapping[str, Any], aside: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The group's matrices, without those whose names hold a word of `aside`, and its others."""
-    parts: tuple[list[Any], list[Any]] = ([], [])
+    inner: list[Any] = []
+    others: list[Any] = []
     for name, parameter in group["params"]:
         is_inner = parameter.ndim == 2 and not any(word in name for word in aside)
-        parts[not is_inner].append((name, parameter))
-    inner, others = ({**group, "params": part} for part in parts)
-    return inner, others
+        (inner if is_inner else others).append((name, parameter))
+    return {**group, "params": inner}, {**group, "params": others}
 
 
 class MuonAdamW(Optimizer):
-    """`Muon` and `torch.optim.AdamW` with one learning rate, weight decay and schedule.
+    """Muon and `torch.optim.AdamW` with one learning rate, weight decay and schedule.
 
     groups: parameter groups whose `params` are pairs of name and parameter. aside: parts of names
     of matrices that AdamW takes too: embeddings and output projections. Steps of both have about
     the same root mean square, so AdamW's learning rate serves both. Raises ValueError where no
-    matrix is left for Muon.
+    matrix is left for Muon, and for groups that are added later.
     """
 
     def __init__(
@@ -111,26 +101,25 @@ class MuonAdamW(Optimizer):
         fused: bool | None = None,
     ):
         inner, others = zip(*(_split(group, aside) for group in groups), strict=True)
-        inner, others = ([g for g in part if g["params"]] for part in (inner, others))
-        if not inner:
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        muon = [{**settings, **group} for group in inner if group["params"]]
+        if not muon:
             raise ValueError(f"aside {list(aside)} leaves no matrix for Muon: take AdamW")
-        self.parts: tuple[Optimizer, ...] = (
-            Muon(inner, lr=lr, momentum=momentum, weight_decay=weight_decay),
-        )
-        if others:
-            adamw = AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
-            self.parts += (adamw,)
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        rest = [group for group in others if group["params"]] or [{"params": []}]
+        self.adamw = AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        self.of_muon, self.is_whole = len(muon), False  # groups; whether all are there
+        super().__init__([*muon, *(g for g in self.adamw.param_groups if g["params"])], {})
+        self.is_whole = True
         self._share()
 
     def _share(self) -> None:
-        """The parts step what others save and schedule: these groups, this state."""
-        count = len(self.parts[0].param_groups)
-        self.parts[0].param_groups = self.param_groups[:count]
-        for part in self.parts[1:]:
-            part.param_groups = self.param_groups[count:]
-        for part in self.parts:
-            part.state = self.state
+        """AdamW steps what others save and schedule: these groups, this state."""
+        self.adamw.param_groups, self.adamw.state = self.param_groups[self.of_muon :], self.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.is_whole:
+            raise ValueError("MuonAdamW trains the groups that it was built with, and no others")
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -142,6 +131,11 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.parts:
-            part.step()
+        for group in self.param_groups[: self.of_muon]:
+            muon_step(group, self.state)
+        self.adamw.step()
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("adamw", "of_muon", "is_whole")}
+        return super().__getstate__() | own

@@ -24,10 +24,10 @@ def without_half(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def quick_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU and on a CPU that has instructions for it; elsewhere fp32 is quicker."""
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return (
-        torch.bfloat16
-        if device.type == "cuda" or (device.type == "cpu" and on_cpu)
-        else torch.float32
-    )
+    """bf16 on a GPU and on a CPU that have instructions for it; elsewhere fp32 is quicker."""
+    if device.type == "cuda":
+        is_quick = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        is_quick = device.type == "cpu" and on_cpu
+    return torch.bfloat16 if is_quick else torch.float32

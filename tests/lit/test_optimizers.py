@@ -110,6 +110,31 @@ def test_a_loaded_state_goes_on_as_if_never_saved() -> None:
     assert kept == {("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")}
 
 
+def test_a_copy_goes_on_by_itself() -> None:
+    network = Network()
+    optimizer = muon(parameter_groups([network]))
+    take_steps(network, [optimizer], 2)
+    twin, (copied,) = copy.deepcopy((network, [optimizer]))
+    take_steps(network, [optimizer], 2)
+    take_steps(twin, [copied], 2)
+    for (name, ours), theirs in zip(twin.named_parameters(), network.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_group_that_comes_later_is_refused() -> None:
+    optimizer = muon(parameter_groups([Network()]))
+    with pytest.raises(ValueError, match="built with"):
+        optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))]})
+
+
+def test_all_weights_may_be_matrices() -> None:
+    matrix = nn.Parameter(torch.eye(3))
+    optimizer = MuonAdamW([{"params": [("matrix", matrix)]}], lr=0.1)
+    matrix.grad = torch.ones(3, 3)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1 and not torch.equal(matrix, torch.eye(3))
+
+
 def test_without_a_matrix_for_muon_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"aside \['weight'\] leaves no matrix"):
         MuonAdamW(parameter_groups([Network()]), lr=0.1, aside=["weight"])
