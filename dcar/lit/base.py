@@ -12,7 +12,7 @@ from dcar.errors import CheckpointError
 from dcar.lit.compilation import compile_backend, compile_parts
 from dcar.lit.lineage import utc_now
 from dcar.lit.sharding import is_sharded, shard_network, whole_state
-from dcar.lit.stepping import SteppingModule
+from dcar.lit.stepping import SteppingModule, parameter_groups
 from dcar.models.checkpoints import load_strictly, read_checkpoint
 from dcar.models.draws import Draws
 
@@ -135,4 +135,18 @@ class BaseModule(SteppingModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises CheckpointError where an optimizer with other groups wrote the checkpoint."""
+        for part, saved in zip(
+            self.optimized(), checkpoint.get("optimizer_states", []), strict=False
+        ):
+            mine = self.optimizer_partial(parameter_groups(part))
+            ours, theirs = (
+                [len(group["params"]) for group in groups]
+                for groups in (mine.param_groups, saved["param_groups"])
+            )
+            if ours != theirs:
+                raise CheckpointError(
+                    f"the checkpoint's optimizer has groups of {theirs} parameters, "
+                    f"{type(mine).__name__} of {ours}: give the optimizer= that the run began with"
+                )
         self.guard.load_state_dict(checkpoint["dcar"]["guard"])

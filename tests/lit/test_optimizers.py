@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
+from dcar.errors import CheckpointError
 from dcar.lit import optimizers
 from dcar.lit.optimizers import MuonAdamW, orthogonalized
 from dcar.lit.stepping import parameter_groups
@@ -152,5 +153,8 @@ def test_a_training_resumes_bit_by_bit(tmp_path: Path) -> None:
         return weights(module)
 
     whole = trained(4)
+    with pytest.raises(CheckpointError, match=r"optimizer has groups of .* AdamW of .*optimizer="):
+        other = toy_masked_generator()  # by AdamW
+        toy_trainer(4).fit(other, datamodule=ToyData(), ckpt_path=tmp_path / "step=2.ckpt")
     resumed = trained(4, ckpt_path=tmp_path / "step=2.ckpt")
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
