@@ -32,14 +32,16 @@ class ConfigError(ValueError):
 def places(reference: str, outputs: str, *, models_first: bool = False) -> list[Path]:
     """Checkpoints and configs of model folders that a name may mean, in the order of looking.
 
-    It is a run's folder or a model folder, an experiment's name, or a shipped model's.
+    It is the folder of a run or a model, a shipped model's name, or an experiment's.
     """
-    named, given = Path(outputs) / reference, Path(reference)
-    runs = (given, named) if given.is_dir() else (named, given)
-    checkpoints = [run / "checkpoints" / "last.ckpt" for run in runs]
-    models = [run / name for run in runs for name in ("config.json", "model/config.json")]
-    ordered = [*models, *checkpoints] if models_first else [*checkpoints, *models]
-    return [*ordered, REPOSITORY / "dcar/weights" / reference / "config.json"]
+
+    def within(run: Path) -> list[Path]:
+        checkpoints = [run / "checkpoints" / "last.ckpt"]
+        models = [run / "config.json", run / "model" / "config.json"]
+        return [*models, *checkpoints] if models_first else [*checkpoints, *models]
+
+    shipped = REPOSITORY / "dcar/weights" / reference / "config.json"
+    return [*within(Path(reference)), shipped, *within(Path(outputs) / reference)]
 
 
 def found(place: Path) -> Path:
@@ -54,8 +56,11 @@ def find_checkpoint(reference: str | None, outputs: str) -> str | None:
     """
     if reference is None or Path(reference).is_file():
         return reference
-    possible = places(reference, outputs)
-    return str(next((found(place) for place in possible if place.is_file()), possible[0]))
+    for place in places(reference, outputs):
+        if place.is_file():
+            return str(found(place))
+    run = Path(reference) if Path(reference).is_dir() else Path(outputs) / reference
+    return str(run / "checkpoints" / "last.ckpt")
 
 
 def quick_dtype() -> str:

@@ -142,4 +142,10 @@ def test_a_model_folder_is_found_by_path_and_by_a_shipped_model_s_name(tmp_path)
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     assert find_checkpoint(str(folder), "outputs") == str(folder)
-    assert find_checkpoint("mini", str(tmp_path)) == str(CONFIGS.parents[1] / "dcar/weights/mini")
+    shipped = str(CONFIGS.parents[1] / "dcar/weights/mini")
+    assert find_checkpoint("mini", str(tmp_path)) == shipped
+    trained = tmp_path / "mini" / "model"  # what the recipe of that name leaves
+    trained.mkdir(parents=True)
+    (trained / "config.json").write_text("{}")
+    assert find_checkpoint("mini", str(tmp_path)) == shipped
+    assert find_checkpoint(str(trained.parent), "outputs") == str(trained)
