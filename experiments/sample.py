@@ -16,12 +16,11 @@ from dcar.models.checkpoints import (
     load_model,
     load_strictly,
     load_tokenizer,
-    model_folder,
     read_checkpoint,
     shipped_models,
 )
 from dcar.pipeline import DCARPipeline
-from experiments.config import ConfigError, at_least
+from experiments.config import ConfigError, at_least, places
 from experiments.run import RunOptions
 
 
@@ -40,18 +39,14 @@ def read_prompts(prompt: object) -> list[str]:
 
 def find_folder(reference: str, outputs: str, *, key: str = "ckpt") -> Path:
     """A model folder, a run's folder, the name of a shipped model, or an experiment's name."""
-    path = Path(reference)
-    folders = [path, path / "model"]
-    if reference in shipped_models():
-        folders.append(model_folder(reference))
-    folders.append(Path(outputs) / reference / "model")
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return folder
+    configs = [p for p in places(reference, outputs) if p.name == "config.json"]
+    for config in configs:
+        if config.is_file():
+            return config.parent
     raise CheckpointError(
         f"{key}={reference} is no checkpoint, no model that comes with the package "
         f"({', '.join(shipped_models())}), and no config.json lies in "
-        + " or ".join(str(folder) for folder in folders)
+        + " or ".join(str(config.parent) for config in configs)
     )
 
 
