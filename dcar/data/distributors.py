@@ -129,10 +129,11 @@ class Processes:
         except BrokenProcessPool as error:
             raise WorkerDied(_obituary(workers)) from error
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
                 worker.terminate()
                 worker.join()
+            # The pool's thread must be over: left behind, it closes a pipe that Python's exit uses.
+            executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _exit_code(worker: SpawnProcess) -> int | None:

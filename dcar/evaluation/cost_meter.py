@@ -149,7 +149,8 @@ class Meter:
     part: str = OTHER
     _is_backward: bool = False
     _known: set[int] = field(default_factory=set)
-    _there: set[int] = field(default_factory=set)
+    # kept, so that no storage made later has the address of one
+    _there: dict[int, torch.UntypedStorage] = field(default_factory=dict)
     _held: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _total: int = 0
     _peak_total: int = 0
@@ -213,9 +214,9 @@ class Meter:
 
     def ignore(self, tensor: Tensor) -> None:
         """An input that no metered operation made was there before: weights, kept gradients."""
-        identity = tensor.untyped_storage()._cdata
-        if identity not in self._known:
-            self._there.add(identity)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._there[storage._cdata] = storage
 
     def was_there(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._there

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import process
 from contextlib import closing
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -99,6 +101,21 @@ def test_closing_early_ends_tasks_that_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_run_waits_for_the_pool_s_thread_which_the_end_of_python_must_not_meet(
+    monkeypatch,
+) -> None:
+    def end_late(thread: Any, run=process._ExecutorManagerThread.run) -> None:
+        run(thread)
+        time.sleep(1)
+
+    monkeypatch.setattr(process._ExecutorManagerThread, "run", end_late)
+    threads = set(threading.enumerate())
+    with closing(Processes(2).run(sleep_long, [(0.0,), (600.0,)], no_tick)) as run:
+        next(run)
+    assert set(threading.enumerate()) <= threads
+
+
 def test_workers_do_not_outlive_a_main_process_that_is_killed(tmp_path: Path) -> None:
     code = (
         "from dcar.data.distributors import Processes\nfrom tests.tasks import write_then_sleep\n"

@@ -139,6 +139,19 @@ def test_tensors_of_before_are_not_counted_nor_are_views_of_them() -> None:
     assert meter.peak_bytes == 0
 
 
+def test_a_tensor_at_the_address_of_one_of_before_is_counted() -> None:
+    """Else the plan's largest batch hangs on what addresses the allocator gives out."""
+    meter = Meter()
+    for _ in range(8):
+        before = torch.zeros(1000)
+        with meter.running():
+            before.add_(1)
+        del before
+    with meter.running():
+        after = [torch.zeros(1000) for _ in range(8)]
+    assert meter.peak_bytes == sum(tensor.nbytes for tensor in after)
+
+
 def test_bytes_are_those_of_the_part_that_made_them_and_gradients_of_the_backward_pass() -> None:
     network, meter = nn.Linear(512, 512, bias=False), Meter()
     with meter.watch({"network": [network]}), meter.running():
