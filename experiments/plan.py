@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from dcar.evaluation.costs import GIB, Assumptions, Schedule
 from dcar.evaluation.costs import plan as plan_costs
 from dcar.lit.base import train_only
 from dcar.lit.generator import MaskedARGenerator
+from dcar.lit.stepping import parameter_groups
 from dcar.lit.tokenizer import TokenizerModule
 from dcar.models.losses import TokenizerCriterion
 from dcar.models.text_encoder import DTYPES
@@ -49,6 +51,7 @@ PASSED_ON = {
     "max_steps": "max_steps",
     "precision": "trainer.precision",
 }
+STAND_IN = 16  # longest side of what stands in for a parameter
 RATES = {"peak_tflops": "half", "tf32_tflops": "convolution", "fp32_tflops": "single"}
 # The width of fp16 and bf16 is the same, and only fp16 takes a GPU's path through the attention.
 PRECISIONS = {
@@ -174,14 +177,30 @@ def training_steps(config: DictConfig, target: DictConfig) -> tuple[Step, Step |
     return whole, tokenizer_step(target, with_gan=False, holds_gradients=holds), start
 
 
-def optimizer_values(node: DictConfig) -> float:
-    """Values that the optimizer keeps for each trained one, from a real step of a small matrix."""
-    matrix = nn.Parameter(torch.ones(64, 64))
-    optimizer = build(node)([{"params": [("matrix", matrix)]}])
-    matrix.sum().backward()
+def optimizer_values(node: DictConfig, networks: Iterable[nn.Module]) -> float:
+    """Values that the optimizer keeps for each trained one, from a real step of small parameters
+    with the names and numbers of axes of the networks' own."""
+    groups = parameter_groups(networks)
+    trained = dict(pair for group in groups for pair in group["params"])
+    small = {
+        name: nn.Parameter(torch.ones([min(side, STAND_IN) for side in parameter.shape]))
+        for name, parameter in trained.items()
+    }
+    optimizer = build(node)(
+        [
+            {**group, "params": [(name, small[name]) for name, _ in group["params"]]}
+            for group in groups
+        ]
+    )
+    for parameter in small.values():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    kept = [value for value in optimizer.state[matrix].values() if torch.is_tensor(value)]
-    return sum(value.numel() for value in kept if value.ndim) / matrix.numel()
+    kept = 0.0
+    for name, parameter in small.items():
+        values = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
+        share = sum(value.numel() for value in values if value.ndim) / parameter.numel()
+        kept += share * trained[name].numel()
+    return kept / sum(parameter.numel() for parameter in trained.values())
 
 
 def planned(config: DictConfig) -> dict[str, Any]:
@@ -208,7 +227,7 @@ def planned(config: DictConfig) -> dict[str, Any]:
             half=PRECISIONS[precision],
             mfu=config.mfu,
             reserve=config.reserve,
-            optimizer_values=optimizer_values(target.optimizer),
+            optimizer_values=optimizer_values(target.optimizer, step.networks()),
             averages="dcar.lit.averaging.AverageWeights" in callbacks,
         ),
         early_step=early_step,

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from omegaconf import OmegaConf
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,17 +133,17 @@ def test_numbers_of_one_s_own_replace_those_of_a_device() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "values"),
-    [("torch.optim.AdamW", 2), ("torch.optim.SGD", 0), ("torch.optim.RMSprop", 1), ("muon", 1)],
+    [("torch.optim.AdamW", 2), ("torch.optim.SGD", 0), ("torch.optim.RMSprop", 1)],
 )
 def test_an_optimizer_s_state_is_counted_by_a_step_of_it(optimizer: str, values: int) -> None:
-    if optimizer == "muon":
-        node = load_config("smoke/pretrain_256", ["optimizer=muon"]).optimizer
-    else:
-        node = load_config("smoke/stage1").optimizer
-        node._target_ = optimizer
-    if "AdamW" not in optimizer and optimizer != "muon":
-        del node.betas, node.fused
-    assert optimizer_values(node) == values
+    node = OmegaConf.create({"_target_": optimizer, "_partial_": True, "lr": 0.1})
+    assert optimizer_values(node, [nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30))]) == values
+
+
+def test_muon_keeps_one_value_for_its_matrices_and_two_for_all_else() -> None:
+    node = load_config("smoke/pretrain_256", ["optimizer=muon"]).optimizer
+    names = {"token_embedding": nn.Embedding(50, 40), "inner": nn.Linear(40, 30)}
+    assert optimizer_values(node, [nn.ModuleDict(names)]) == (2 * 2000 + 1200 + 2 * 30) / 3230
 
 
 @pytest.mark.parametrize(
