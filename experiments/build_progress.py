@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from dcar.data.build import Tally
 from dcar.data.distributors import Outcome
+from dcar.data.wording import amount
 
 QUIET_SECONDS = 30.0  # between two lines where no bar can be drawn
 
@@ -27,7 +28,8 @@ def reasons_text(dropped: dict[str, int]) -> str:
 
 def tally_text(split: str, tally: Tally) -> str:
     return (
-        f"{split}: {tally.samples:,} samples in {tally.shards} shards, {size_text(tally.bytes)}; "
+        f"{split}: {amount(tally.samples, 'sample')} in {amount(tally.shards, 'shard')}, "
+        f"{size_text(tally.bytes)}; "
         f"left out: {reasons_text(tally.dropped)}"
     )
 

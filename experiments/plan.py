@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from dcar.data.storage import write_atomically
+from dcar.data.wording import amount
 from dcar.evaluation.cost_devices import DEVICES, Device
 from dcar.evaluation.cost_steps import (
     BytePass,
@@ -298,10 +299,11 @@ def summary_rows(plan: dict[str, Any]) -> list[list[str]]:
 
 def heading(plan: dict[str, Any]) -> str:
     schedule = plan["schedule"]
+    devices = amount(schedule["devices"], "device")
     return (
         f"{plan['exp']} at {plan['size']} px on {schedule['devices']} x {plan['device_name']}, "
         f"{plan['precision']}: {schedule['steps']:,} steps of {schedule['global_batch']:,} images "
-        f"({schedule['devices']} devices x {schedule['batch']} x {schedule['accumulate']} "
+        f"({devices} x {schedule['batch']} x {schedule['accumulate']} "
         f"accumulated), {'in pieces over the devices' if schedule['sharded'] else 'DDP'}"
     )
 

@@ -28,6 +28,7 @@ from dcar.data.shards import (
     split_of,
 )
 from dcar.data.storage import exists, join, list_files, name_of, open_read, parent
+from dcar.data.wording import amount
 
 SMALL = 64 * 2**20  # bytes that one process looks through while others would start
 
@@ -134,8 +135,10 @@ class Report:
     def summary(self) -> str:
         shards, samples = len(self.checks), sum(check.samples for check in self.checks)
         wrong, found = len(self.altered), self.counts.total()
-        looked = f"{self.folder}: {shards} shards, {samples} samples"
-        return f"{looked}, {found} problems in {wrong} shards" if found else f"{looked}, all well"
+        looked = f"{self.folder}: {amount(shards, 'shard')}, {amount(samples, 'sample')}"
+        if not found:
+            return f"{looked}, all well"
+        return f"{looked}, {amount(found, 'problem')} in {amount(wrong, 'shard')}"
 
     def lines(self, listed: int = LISTED) -> Iterator[str]:
         """A heading for each reason and below it at most `listed` of its problems, one a line."""
@@ -143,7 +146,7 @@ class Report:
         for reason, count in self.counts.items():
             mine = [problem for problem in problems if problem.reason == reason]
             names = {problem.shard for problem in mine}
-            yield f"{reason}: {count} in {len(names)} shard{'s' * (len(names) > 1)}"
+            yield f"{reason}: {count} in {amount(len(names), 'shard')}"
             yield from (f"  {problem}" for problem in mine[:listed])
             if count > listed:
                 yield f"  ... and {count - min(listed, len(mine))} more"

@@ -31,6 +31,7 @@ from dcar.data.storage import (
     write_atomically,
 )
 from dcar.data.stores import shown
+from dcar.data.wording import amount
 from dcar.errors import DataError, Interrupted
 from dcar.lit.last_checkpoint import STOP_SIGNALS
 from dcar.lit.shard_reader import Source
@@ -140,7 +141,8 @@ class Progress:
         write_manifest(self.folder, shards, **facts)
         samples = sum(record["shard"]["samples"] for record in records)
         rank_zero_info(
-            f"{self.folder}: {samples} samples in {len(records)} shards, {dict(dropped)} dropped"
+            f"{self.folder}: {amount(samples, 'sample')} in {amount(len(records), 'shard')}, "
+            f"{dict(dropped)} dropped"
         )
 
     def _url(self, name: str) -> str:
@@ -232,7 +234,8 @@ class ShardPredictionWriter(Callback):
         seconds = time.perf_counter() - self.begun
         left = seconds / self.finished * (of - self.finished)
         rank_zero_info(
-            f"{shard.writer.url}: {shard.writer.samples} samples, {shard.dropped.total()} dropped "
+            f"{shard.writer.url}: {amount(shard.writer.samples, 'sample')}, "
+            f"{shard.dropped.total()} dropped "
             f"({self.finished} of this rank's {of} shards, {self.tried / seconds:.1f} samples/s, "
             f"{timedelta(seconds=round(left))} left)"
         )
