@@ -59,7 +59,7 @@ def test_a_changed_shard_exits_with_3_and_is_named(folder: Path, capsys, tmp_pat
     assert main(["--exp=data/verify", f"in={folder}", "deep=false", f"out={out}"]) == 3
     printed = capsys.readouterr()
     assert "train-000001.tar: sha256 is not the manifest's" in printed.out
-    assert printed.err.count("error:") == 1 and "1 shards: train-000001.tar" in printed.err
+    assert printed.err.count("error:") == 1 and "1 shard: train-000001.tar" in printed.err
     assert out.read_text() == printed.out
 
 
