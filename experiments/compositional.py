@@ -84,7 +84,10 @@ def drawings(folder: ShardSet, group: str, count: int, side: int, seed: int) -> 
 
 
 def read_asked(config: DictConfig, side: int) -> list[Asked]:
-    """All prompts: known captions, held-out pairs, and scenes of the six groups."""
+    """All prompts: known captions, held-out pairs, and scenes of the six groups.
+
+    Raises ConfigError where there are too few single drawings for FID.
+    """
     data = build(config.data)
     asked = [
         one
@@ -94,6 +97,10 @@ def read_asked(config: DictConfig, side: int) -> list[Asked]:
         )
         for one in drawings(folder, group, count, side, config.seed)
     ]
+    if len(asked) < 2:
+        raise ConfigError(
+            f"known={config.known} and heldout={config.heldout}: FID needs two pictures at least"
+        )
     if config.scenes:
         asked += scenes_of(data["scenes"](side=side), config.scenes)
     return asked
@@ -162,10 +169,6 @@ def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     settings = pipeline.settings(steps=config.steps, guidance=config.guidance)
     side = pipeline.model.size
     asked = read_asked(config, side)
-    if pairs_in(asked) < 2:
-        raise ConfigError(
-            f"known={config.known} and heldout={config.heldout}: FID needs two pictures at least"
-        )
     if options.dry_run:
         asked = asked[:: max(1, len(asked) // 4)]
     rank_zero_info(f"{len(asked)} prompts, {settings.steps} steps, guidance {settings.guidance}")

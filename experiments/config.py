@@ -88,6 +88,7 @@ def at_least(config: DictConfig, least: int, *keys: str) -> None:
 
 
 OmegaConf.register_new_resolver("given", given, replace=True)
+OmegaConf.register_new_resolver("times", lambda one, other: one * other, replace=True)
 OmegaConf.register_new_resolver("quick_dtype", lambda: f"torch.{quick_dtype()}", replace=True)
 OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 OmegaConf.register_new_resolver("find_checkpoint", find_checkpoint, replace=True)

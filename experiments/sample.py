@@ -26,6 +26,8 @@ from experiments.run import RunOptions
 
 def read_prompts(prompt: object) -> list[str]:
     """One prompt, a list of them, or the lines of a text file."""
+    if prompt is None:
+        raise ConfigError("prompt=null: give a text, a list of texts or a .txt file")
     if isinstance(prompt, list | ListConfig):
         return [str(line) for line in prompt]
     prompt = str(prompt)

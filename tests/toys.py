@@ -21,6 +21,7 @@ from dcar.models.checkpoints import Model, build_model
 from dcar.models.discriminator import PatchDiscriminator
 from dcar.models.generator import HybridGenerator
 from dcar.models.losses import TokenizerCriterion
+from dcar.models.masking import masked_after, next_masked
 from dcar.models.quantizer import VectorQuantizer
 from dcar.models.residual_head import ResidualHead
 from dcar.models.sampler import SamplerSettings
@@ -90,6 +91,19 @@ def toy_generator(scale: float | None = 0.1, caption_drop: float = 0.1) -> Hybri
         ),
         caption_drop=caption_drop,
     )
+
+
+def fixed_per_step(tokens: int, steps: int, schedule: str = "arccos") -> list[int]:
+    """How many tokens each step of sampling fixes; with fewer tokens than steps, one per token."""
+    steps = min(steps, tokens)
+    masked, fixed = torch.tensor(tokens), []
+    for step in range(steps):
+        progress = torch.tensor((step + 1) / steps, dtype=torch.float64)
+        left = next_masked(masked_after(progress, tokens, schedule), masked)
+        left = torch.zeros_like(left) if step == steps - 1 else left
+        fixed.append(int(masked - left))
+        masked = left
+    return fixed
 
 
 def toy_text_encoder() -> ByteT5TextEncoder:

@@ -17,6 +17,7 @@ from dcar.evaluation.fid import FrechetDistances
 from dcar.evaluation.pictures import from_uint8, to_uint8
 from dcar.models.features import fid_features
 from dcar.models.perceptual import LPIPS
+from dcar.models.precision import without_autocast
 from dcar.models.weights_io import as_constants
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"  # torchvision's name; torchmetrics' LPIPS reads it
@@ -103,10 +104,11 @@ class ReconstructionMetrics(nn.Module):
         if len(reconstructions) != len(self.paths):
             raise ValueError(f"{len(reconstructions)} reconstructions for the paths {self.paths}")
         real = to_uint8(image)
-        if self.distances is not None:
-            self.distances.update_real(real)
-        for path, reconstruction in zip(self.paths, reconstructions, strict=True):
-            self._update_path(path, real, to_uint8(reconstruction))
+        with without_autocast(real):  # SSIM's sums of squares leave the range of fp16
+            if self.distances is not None:
+                self.distances.update_real(real)
+            for path, reconstruction in zip(self.paths, reconstructions, strict=True):
+                self._update_path(path, real, to_uint8(reconstruction))
 
     def _update_path(self, path: str, real: Tensor, decoded: Tensor) -> None:
         for name, metric in self.pairwise[path].items():

@@ -35,6 +35,7 @@ class AverageWeights(Callback):
         self.decay = decay
         self.average: nn.Module | None = None
         self.step = self.updates = 0
+        self.is_lent = False  # the network holds the average, and `average` the live weights
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -64,6 +65,13 @@ class AverageWeights(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """A validation that fails gives the average back, before a checkpoint is written."""
+        if self.is_lent:
+            self._swap(pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -106,3 +114,4 @@ class AverageWeights(Callback):
             kept = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(kept)
+        self.is_lent = not self.is_lent

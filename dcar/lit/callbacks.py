@@ -95,9 +95,10 @@ class ReconstructionGrid(Callback):
         board = writer(trainer)
         if board is None or self.fixed is None:
             return
-        latents = pl_module.network.encode(self.fixed)
-        discrete = pl_module.network.decode(latents.discrete)
-        hybrid = pl_module.network.decode(latents.continuous)
+        with trainer.precision_plugin.forward_context():
+            latents = pl_module.network.encode(self.fixed)
+            discrete = pl_module.network.decode(latents.discrete).float()
+            hybrid = pl_module.network.decode(latents.continuous).float()
         grid = tile(reconstruction_columns(self.fixed, discrete, hybrid))
         board.add_image("val/reconstruction", (grid + 1) / 2, logged_step(trainer))
 
@@ -115,9 +116,10 @@ class SampleGrid(Callback):
         board = writer(trainer)
         if board is None:
             return
-        text, text_mask = pl_module.text_encoder(self.prompts)
-        tokens = pl_module.sample(text, text_mask, seeds=range(len(self.prompts)))
-        pictures = [to_pil(image) for image in pl_module.decode(tokens)]
+        with trainer.precision_plugin.forward_context():
+            text, text_mask = pl_module.text_encoder(self.prompts)
+            tokens = pl_module.sample(text, text_mask, seeds=range(len(self.prompts)))
+            pictures = [to_pil(image) for image in pl_module.decode(tokens)]
         grid = captioned_grid(pictures, self.prompts, columns=self.columns)
         board.add_image("val/samples", np.asarray(grid), logged_step(trainer), dataformats="HWC")
 

@@ -28,6 +28,21 @@ from dcar.models.sampler import SamplerSettings, Tokens, sample
 from dcar.models.tokenizer import HybridTokenizer
 
 
+def _check_text_encoder(encoder: Any, generator: HybridGenerator) -> None:
+    """Raises ValueError for captions wider or longer than the transformer takes."""
+    transformer, name = generator.transformer, type(encoder).__name__
+    if encoder.dim != transformer.text_dim:
+        raise ValueError(
+            f"{name} gives captions {encoder.dim} wide, the transformer has "
+            f"text_dim={transformer.text_dim}"
+        )
+    if (most := getattr(encoder, "most_tokens", encoder.max_tokens)) > transformer.text_tokens:
+        raise ValueError(
+            f"{name} gives up to {most} tokens a caption, the transformer has "
+            f"text_tokens={transformer.text_tokens}"
+        )
+
+
 class TokenCache:
     """Ids and residuals of images already tokenised, by key, in half precision on the CPU."""
 
@@ -66,7 +81,8 @@ class MaskedARGenerator(BaseModule):
         folder.
     scale_batches: batches that measure the residual's standard deviation before the first step,
         at this resolution, unless the head was built with a scale.
-    cache_tokens: tokenise each image once; needs a transform without randomness.
+    cache_tokens: tokenise each image of a set once; needs a transform without randomness, and keys
+        that differ within the set (a mixture is one set).
     val_names: of the validation sets in order; cross-entropy with right and shuffled captions is
         logged for each, gFID for the first, from `fid_images` samples (0 for none).
     """
@@ -96,6 +112,7 @@ class MaskedARGenerator(BaseModule):
                 f"the transformer predicts {generator.transformer.num_codes} codes, "
                 f"the tokenizer has {tokenizer.num_codes}"
             )
+        _check_text_encoder(text_encoder, generator)
         parts: dict[str, nn.Module] = {"generator": generator}
         if text_encoder.trainable:
             parts["text_encoder"] = text_encoder
@@ -106,6 +123,9 @@ class MaskedARGenerator(BaseModule):
         self.scale_batches, self.fid_images = scale_batches, fid_images
         self.cache = TokenCache() if cache_tokens else None
         self.val_names = tuple(val_names)
+        self._split = "train"  # the set of the batch at hand
+        self._neighbour: tuple[Tensor, Tensor] | None = None  # text and mask of the last caption
+        self._fid_batch = 0  # images of a whole validation batch
         self.metrics = Frozen(metrics()) if fid_images else None
         head = generator.residual_head
         self.token_splits: set[str] = set()  # those whose tokens have facts
@@ -203,6 +223,8 @@ class MaskedARGenerator(BaseModule):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Ids (B, H, W) int64 and residual (B, C, H, W) float32: the shards' own, or made here."""
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        if self.cache is not None:
+            self._split = "train" if self.trainer.training else self.val_names[dataloader_idx]
         batch["ids"], batch["residual"] = self._tokens(batch)
         return batch
 
@@ -218,7 +240,8 @@ class MaskedARGenerator(BaseModule):
         return self.text_encoder(batch["caption"])
 
     def _tokenize(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        image, keys = batch["image"], batch["key"]
+        image = batch["image"]
+        keys = [f"{self._split}/{key}" for key in batch["key"]]
         if self.cache is None:
             return self._encode(image)
         if rows := self.cache.missing(keys):
@@ -241,14 +264,25 @@ class MaskedARGenerator(BaseModule):
         )
         yield Losses(0, terms["loss"], terms)
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._neighbour = None
+
     def validation_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Losses with every caption kept: right ones, then each image with its neighbour's."""
+        """Losses with every caption kept: right ones, then each image with its neighbour's.
+
+        The neighbour of an image alone in its batch is the last one of the batch before.
+        """
         text, text_mask = self._text(batch)
         name, weight = self.val_names[dataloader_idx], len(batch["caption"])
         right = self._validation_losses(batch, text, text_mask, batch_idx)
-        wrong = self._validation_losses(batch, text.roll(1, 0), text_mask.roll(1, 0), batch_idx)
+        others = text.roll(1, 0), text_mask.roll(1, 0)
+        if len(text) == 1 and self._neighbour is not None:
+            others = self._neighbour
+        self._neighbour = text[-1:], text_mask[-1:]
+        wrong = self._validation_losses(batch, *others, batch_idx)
         terms = dict(right) | {"token_shuffled": wrong["token"]}
         for key, value in terms.items():
             self.log(
@@ -273,10 +307,12 @@ class MaskedARGenerator(BaseModule):
     def _update_fid(
         self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
     ) -> None:
-        seen = batch_idx * len(text) * self.trainer.world_size
+        if batch_idx == 0:  # the last batch may be smaller
+            self._fid_batch = len(text)
+        seen = batch_idx * self._fid_batch * self.trainer.world_size
         if self.metrics is None or seen >= self.fid_images or self.trainer.sanity_checking:
             return
-        first = seen + self.global_rank * len(text)
+        first = seen + self.global_rank * self._fid_batch
         tokens = self.sample(text, text_mask, seeds=range(first, first + len(text)))
         self.metrics.module.update_real(batch["image"])
         self.metrics.module.update_fake(self.decode(tokens))

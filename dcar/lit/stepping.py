@@ -177,6 +177,7 @@ class SteppingModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if optimizer is not self.stepping[0]:
             return
+        self._mean_over_window()
         own_norms = [self._unscaled_norm(one) for one in self.stepping]
         norms = torch.stack([whole(norm) for norm in own_norms])
         losses = torch.stack([loss for part in self.window_losses for loss in part])
@@ -194,6 +195,15 @@ class SteppingModule(LightningModule):
             self._report(check)
         for one in self.stepping:
             one.zero_grad(set_to_none=True)  # a step without gradients moves nothing
+
+    def _mean_over_window(self) -> None:
+        """Each loss was divided by `accumulate`; an epoch may end, or go on, within a step."""
+        if (parts := len(self.window)) == self.accumulate:
+            return
+        gradients = [p.grad for optimizer in self.stepping for p in _parameters(optimizer)]
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(self.accumulate / parts)
 
     def _forget_forward(self) -> None:
         """Undo what the forward passes of the step left behind."""

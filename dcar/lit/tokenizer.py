@@ -196,7 +196,13 @@ class TokenizerModule(BaseModule):
             raise NonFiniteError(
                 "the latents for k-means are not finite: look at the first batches and init_from"
             )
-        codes = kmeans(vectors, quantizer.num_codes, iterations=20, seed=self.seed, spherical=True)
+        codes = kmeans(
+            vectors,
+            quantizer.num_codes,
+            iterations=20,
+            seed=self.seed,
+            spherical=quantizer.normalize,
+        )
         quantizer.initialize(first_rank_value(codes))  # a GPU's sums have no fixed order
 
 

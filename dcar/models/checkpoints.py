@@ -197,8 +197,11 @@ def is_saved(text_encoder: nn.Module) -> bool:
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A floating-point tensor in `dtype`, others as they are. Raises ValueError on overflow."""
-    if dtype is None or not tensor.is_floating_point():
+    """A floating-point tensor in `dtype`, others and single values, such as scales, as they are.
+
+    Raises ValueError on overflow.
+    """
+    if dtype is None or tensor.ndim == 0 or not tensor.is_floating_point():
         return tensor.contiguous()
     narrow = tensor.to(dtype).contiguous()
     if not bool(narrow.isfinite().all()) and bool(tensor.isfinite().all()):

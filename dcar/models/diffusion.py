@@ -35,10 +35,15 @@ def cosine_alpha_bar(steps: int) -> Tensor:
 
 
 def respaced_steps(train_steps: int, sample_steps: int) -> list[int]:
-    """`sample_steps` steps of the training schedule, evenly spread from 0 to the last one."""
+    """`sample_steps` steps of the training schedule, evenly spread from 0 to the last one.
+
+    A single step is the last one, whose input is all noise.
+    """
     if not 1 <= sample_steps <= train_steps:
         raise ValueError(f"sample_steps {sample_steps} is not in [1, train_steps={train_steps}]")
-    stride = (train_steps - 1) / (sample_steps - 1) if sample_steps > 1 else 1.0
+    if sample_steps == 1:
+        return [train_steps - 1]
+    stride = (train_steps - 1) / (sample_steps - 1)
     return [round(index * stride) for index in range(sample_steps)]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,38 +24,6 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
-
-
-class LeCam(nn.Module):
-    """Keeps discriminator logits near running means of the other side (arXiv 2104.03310).
-
-    Call once per discriminator step and add `weight` times the result; DC-AR does not say whether
-    it regularises, so this is off unless asked for. The means are the same on all ranks.
-    """
-
-    real_mean: Tensor
-    fake_mean: Tensor
-
-    def __init__(self, *, decay: float = 0.999):
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("real_mean", torch.tensor(0.0))
-        self.register_buffer("fake_mean", torch.tensor(0.0))
-
-    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        real, fake = real_logits.float(), fake_logits.float()
-        if self.training:
-            self.update(torch.stack([real.mean(), fake.mean()]).detach())
-        above = F.relu(real - self.fake_mean).square().mean()
-        below = F.relu(self.real_mean - fake).square().mean()
-        return above + below
-
-    def update(self, means: Tensor) -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(means)
-            means = means / dist.get_world_size()
-        self.real_mean.lerp_(means[0], 1 - self.decay)
-        self.fake_mean.lerp_(means[1], 1 - self.decay)
 
 
 class TokenizerCriterion(nn.Module):

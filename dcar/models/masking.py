@@ -53,19 +53,6 @@ def next_masked(planned: Tensor, masked: Tensor) -> Tensor:
     return torch.minimum(planned, masked - 1).clamp(min=1)
 
 
-def fixed_per_step(tokens: int, steps: int, schedule: str = "arccos") -> list[int]:
-    """How many tokens each step of sampling fixes; with fewer tokens than steps, one per token."""
-    steps = min(steps, tokens)
-    masked, fixed = torch.tensor(tokens), []
-    for step in range(steps):
-        progress = torch.tensor((step + 1) / steps, dtype=torch.float64)
-        left = next_masked(masked_after(progress, tokens, schedule), masked)
-        left = torch.zeros_like(left) if step == steps - 1 else left
-        fixed.append(int(masked - left))
-        masked = left
-    return fixed
-
-
 def _radical_inverse(index: Tensor, base: int) -> Tensor:
     """The digits of each index in `base`, mirrored at the point: float64 in [0, 1)."""
     value, weight = torch.zeros_like(index, dtype=torch.float64), 1.0 / base

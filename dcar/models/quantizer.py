@@ -89,30 +89,14 @@ def gather_over_ranks(vectors: Tensor, batch: int) -> Tensor:
 
 
 class Quantizer(nn.Module, ABC):
-    """What the tokenizer asks of a quantiser, and how often codes were used in eval mode.
+    """What the tokenizer asks of a quantiser.
 
     `forward(latent (B, C, H, W)) -> Quantized` and `lookup(ids (B, H, W)) -> (B, C, H, W)`.
-    Counts are of this process: sum `counts` over ranks before `codebook_usage` where that matters.
     """
-
-    counts: Tensor
 
     def __init__(self, *, num_codes: int, dim: int):
         super().__init__()
         self.num_codes, self.dim = num_codes, dim
-        self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
-
-    def count(self, ids: Tensor) -> None:
-        self.counts += count_codes(ids, self.num_codes)
-
-    def reset_usage(self) -> None:
-        self.counts.zero_()
-
-    def usage(self) -> Tensor:
-        return codebook_usage(self.counts)
-
-    def perplexity(self) -> Tensor:
-        return codebook_perplexity(self.counts)
 
     def after_step(self) -> None:
         """What is learned other than by gradients, after an optimizer step; on all ranks alike."""
@@ -188,9 +172,7 @@ class VectorQuantizer(Quantizer):
     def assign(self, vectors: Tensor, batch: int) -> Tensor:
         """Nearest code of each vector, (M,), which is remembered for what comes after the step."""
         ids = nearest_codes(vectors, self.on_sphere(self.codebook.float()))[0]
-        if not self.training:
-            self.count(ids)
-        elif self.revival_decay is not None:
+        if self.training and self.revival_decay is not None:
             self.seen.append(SeenBatch(vectors, ids, batch))
         return ids
 

@@ -47,8 +47,6 @@ class AdaptedQuantizer(Quantizer):
             continuous, codes, ids, loss = self.quantize(self.module, latent.float())
             ids = ids.long()  # (B, H, W)
             discrete = straight_through(codes, self.lookup(ids))  # (B, C, H, W)
-        if not self.training:
-            self.count(ids)
         return Quantized(continuous=continuous, discrete=discrete, ids=ids, loss=loss)
 
     def lookup(self, ids: Tensor) -> Tensor:

@@ -102,6 +102,9 @@ class BaseResidualHead(nn.Module, ABC):
     def _guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
         """The network's output under guidance, (M, outputs)."""
 
+    def check_sampling(self, *, steps: int | None, clip: bool | None) -> None:
+        """Raises ValueError, naming the sampler's setting, for what this head cannot do."""
+
     def set_scale(self, scale: float) -> None:
         """Fix the unit of the residuals. Raises ValueError unless scale is finite and positive."""
         if not (math.isfinite(scale) and scale > 0):
@@ -164,6 +167,7 @@ class BaseResidualHead(nn.Module, ABC):
         the scale was never set, or hidden_uncond or ids are missing.
         """
         self._require_scale()
+        self.check_sampling(steps=steps, clip=clip)
         batch, tokens, _ = hidden.shape
         with self._precision(hidden):
             denoise = self._guided_denoiser(hidden, hidden_uncond, ids, guidance)
@@ -289,6 +293,10 @@ class ResidualHead(BaseResidualHead):
         self.clip_denoised = clip_denoised
         noise_schedule(train_steps, sample_steps)  # rejects impossible step counts
 
+    def check_sampling(self, *, steps: int | None, clip: bool | None) -> None:
+        if steps is not None and steps > self.train_steps:
+            raise ValueError(f"residual_steps {steps} is above the head's {self.train_steps}")
+
     def _row_losses(self, start: Tensor, denoise: Denoise, draws: _RowDraws) -> Tensor:
         schedule = noise_schedule(self.train_steps, self.train_steps, start.device)
         step, noise = draws.randint(self.train_steps), draws.randn(self.channels)
@@ -364,6 +372,10 @@ class FlowResidualHead(BaseResidualHead):
             raise ValueError(f"sample_steps {sample_steps} is below 1")
         self.sample_steps, self.solver = sample_steps, solver
 
+    def check_sampling(self, *, steps: int | None, clip: bool | None) -> None:
+        if clip:
+            raise ValueError("residual_clip must be None or False: flow matching does not clip")
+
     def _row_losses(self, start: Tensor, denoise: Denoise, draws: _RowDraws) -> Tensor:
         time, noise = draws.rand(), draws.randn(self.channels)
         noisy = torch.lerp(noise, start, time[:, None])
@@ -379,8 +391,6 @@ class FlowResidualHead(BaseResidualHead):
         clip: bool | None,
         steps: int | None,
     ) -> Tensor:
-        if clip:
-            raise ValueError("clip must be None or False: flow matching does not clip")
         steps = self.sample_steps if steps is None else steps
         noisy = noise(1)[0] * temperature
         times = torch.linspace(0, 1, steps + 1, device=noisy.device)

@@ -160,6 +160,9 @@ def sample(
     _check_text(transformer, text, text_mask)
     _check_request(len(text), grid, seeds)
     _check_editing(generator, shape, settings, initial_ids, initial_residual, keep_residual)
+    head = generator.residual_head if settings.residual_refinement else None
+    if head is not None:
+        head.check_sampling(steps=settings.residual_steps, clip=settings.residual_clip)
     noise = ImageNoise(seeds, text.device)
     if initial_ids is None:
         start = torch.full(shape, transformer.mask_id, device=text.device)
@@ -168,9 +171,9 @@ def sample(
     ids, hidden, hidden_uncond = _unmask(
         generator, text, text_mask, start, noise, settings, on_step
     )
-    if generator.residual_head is None or not settings.residual_refinement:
+    if head is None:
         return Tokens(ids, None)
-    residual = generator.residual_head.sample(
+    residual = head.sample(
         hidden,
         noise=noise,
         ids=ids.flatten(1),
@@ -209,6 +212,8 @@ def _unmask(
         generator.transformer, text, text_mask, null_mask=settings.null_mask, is_guided=is_guided
     )
     uniform = noise.rand(settings.steps, 2, height * width)  # (B, T, 2, N)
+    is_residual_guided = settings.residual_refinement and settings.guidance_of_residual > 0
+    rows = 2 if is_residual_guided else 1  # that the residual head reads of an image
     hidden: list[Tensor] = [ids] * batch
     for step in range(len(plan)):
         visible = ids.masked_fill(masked, mask_id).view_as(start)
@@ -218,7 +223,7 @@ def _unmask(
             output, ids, masked, plan, step, uniform[:, step], (height, width), settings
         )
         for image in (row for row in range(batch) if plan.is_last[step][row]):
-            hidden[image] = output.hidden[image::batch]  # (1 or 2, N, D)
+            hidden[image] = output.hidden[image::batch][:rows]  # (1 or 2, N, D)
         if on_step is not None:
             shown = ids.masked_fill(masked, mask_id)
             on_step(step, shown.view_as(start), (was_masked & ~masked).view_as(start))

@@ -198,6 +198,7 @@ class MaskedTransformer(nn.Module):
 
     def encode_text(self, text: Tensor, text_mask: Tensor) -> TextContext:
         """Everything the blocks need of captions (B, L, E), to reuse while the captions stay."""
+        text = text.to(self.null_text.dtype)  # T5 may give bf16, whatever precision this runs in
         caption = self.caption_projection(text)  # (B, L, D)
         keys_values = [block.cross_attention.project(caption) for block in self._blocks()]
         return TextContext(keys_values, _attention_mask(text_mask))

@@ -166,3 +166,18 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in alone.items():
             assert found[name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_metrics_are_the_same_inside_autocast(dtype: torch.dtype) -> None:
+    """Of whose half precisions SSIM's sums of squares leave the range, or the digits."""
+    image = images(2)
+    noisy = (
+        image + 0.1 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    ).clamp(-1, 1)
+    alone, inside = reconstruction(paths=["hybrid"]), reconstruction(paths=["hybrid"])
+    alone.update(image, noisy)
+    with torch.autocast("cpu", dtype):
+        inside.update(image, noisy)
+    for name, value in alone.compute().items():
+        assert inside.compute()[name] == value, name

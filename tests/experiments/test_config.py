@@ -149,3 +149,8 @@ def test_a_model_folder_is_found_by_path_and_by_a_shipped_model_s_name(tmp_path)
     (trained / "config.json").write_text("{}")
     assert find_checkpoint("mini", str(tmp_path)) == shipped
     assert find_checkpoint(str(trained.parent), "outputs") == str(trained)
+
+
+def test_validation_comes_every_so_many_steps_whatever_is_accumulated() -> None:
+    trainer = load_config("generator/pretrain_256", ["val_every=7", "accumulate=3"]).trainer
+    assert trainer.val_check_interval == 21  # Lightning counts batches

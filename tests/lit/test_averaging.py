@@ -1,12 +1,17 @@
 """Averaged weights: of the network alone, lent to validation, saved and restored."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from dcar.errors import DataError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.guard import NonFiniteGuard
+from dcar.lit.last_checkpoint import LastCheckpoint
 from tests.lit.nonfinite_run import Poison
 from tests.toys import ToyData, toy_stage, toy_trainer
 
@@ -97,3 +102,34 @@ def test_with_accumulation_the_average_moves_once_a_step() -> None:
     module, callback = toy_stage(1, accumulate=2), AverageWeights(decay=0.9)
     toy_trainer(2, callbacks=[callback]).fit(module, datamodule=ToyData())
     assert callback.updates == 2
+
+
+class BrokenValidation(ToyData):
+    """The second batch of the validation set cannot be read."""
+
+    def val_dataloader(self) -> list[Iterator[Any]]:
+        def batches() -> Iterator[Any]:
+            yield next(iter(super(BrokenValidation, self).val_dataloader()[0]))
+            raise DataError("a shard is damaged")
+
+        return [batches()]
+
+
+def test_a_validation_that_fails_leaves_live_and_averaged_weights_in_their_places(
+    tmp_path: Path,
+) -> None:
+    live: dict[str, Tensor] = {}
+
+    class Spy(AverageWeights):
+        def on_validation_start(self, trainer, pl_module) -> None:
+            live.update({k: v.clone() for k, v in pl_module.state_dict().items()})
+            super().on_validation_start(trainer, pl_module)
+
+    callbacks = [Spy(decay=0.9), LastCheckpoint(folder=tmp_path, every_steps=100)]
+    trainer = toy_trainer(9, callbacks=callbacks, limit_val_batches=2, val_check_interval=3)
+    with pytest.raises(DataError, match="a shard is damaged"):
+        trainer.fit(toy_stage(1), datamodule=BrokenValidation())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert all(torch.equal(saved["state_dict"][name], value) for name, value in live.items())
+    assert any(not torch.equal(v, live[f"network.{k}"]) for k, v in saved["network"].items())

@@ -19,10 +19,10 @@ from dcar.lit.callbacks import (
     fitting,
 )
 from tests.shards import build, stream
-from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer
+from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_text_encoder, toy_trainer
 
 
-def board(module, callbacks, folder: Path, steps: int = 4) -> EventAccumulator:
+def board(module, callbacks, folder: Path, steps: int = 4, **more) -> EventAccumulator:
     logger = TensorBoardLogger(folder, name="", version="")
     trainer = toy_trainer(
         steps,
@@ -31,6 +31,7 @@ def board(module, callbacks, folder: Path, steps: int = 4) -> EventAccumulator:
         limit_val_batches=1,
         val_check_interval=2,
         log_every_n_steps=1,
+        **more,
     )
     trainer.fit(module, datamodule=ToyData())
     logger.finalize("success")
@@ -107,3 +108,12 @@ def test_samples_that_could_not_be_used_are_counted_by_reason(tmp_path: Path) ->
     last = {tag: shown.Scalars(tag)[-1].value for tag in shown.Tags()["scalars"]}
     assert last["data/skipped"] == 3
     assert (last["data/skipped_broken_image"], last["data/skipped_no_caption"]) == (2, 1)
+
+
+def test_grids_are_drawn_in_the_precision_of_the_training(tmp_path: Path) -> None:
+    """A frozen T5 in bf16 beside weights in fp32 is what the large configurations have."""
+    encoder = toy_text_encoder()
+    encoder.trainable = False
+    module = toy_masked_generator(text_encoder=encoder.bfloat16())
+    shown = board(module, [SampleGrid(prompts=["a", "b"])], tmp_path, precision="bf16-mixed")
+    assert len(shown.Images("val/samples")) == 2

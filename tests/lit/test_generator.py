@@ -21,6 +21,7 @@ from tests.toys import (
     SIZE,
     ToyData,
     ToyImages,
+    ToyLoader,
     collate,
     toy_generator,
     toy_masked_generator,
@@ -282,3 +283,57 @@ def test_gfid_wants_images_to_compare_with(shards: Path) -> None:
     trainer = toy_trainer(1, limit_val_batches=1.0, val_check_interval=1)
     trainer.fit(toy_masked_generator(fid_images=8), datamodule=data(tokens, pictures))
     assert any(name.startswith("val/gfid_") for name in trainer.callback_metrics)
+
+
+def test_sets_with_the_same_keys_have_tokens_of_their_own() -> None:
+    module = toy_masked_generator(cache_tokens=True)
+    module._trainer = trainer = toy_trainer(1)
+    image = torch.stack([ToyImages(2)[index]["image"] for index in range(2)])
+    batch = {"key": ["a", "b"], "caption": ["", ""], "image": image}
+    trainer.training = True
+    module.on_after_batch_transfer(dict(batch), 0)
+    trainer.validating = True
+    found = module.on_after_batch_transfer(batch | {"image": -image}, 0)
+    assert torch.equal(found["ids"], module.tokenizer.encode(-image).ids)
+
+
+class ValidatedOn(ToyData):
+    def __init__(self, count: int, batch_size: int):
+        super().__init__()
+        self.validated = ToyImages(count, offset=100), batch_size
+
+    def val_dataloader(self) -> list[ToyLoader]:
+        return [ToyLoader(*self.validated)]
+
+
+def test_an_image_alone_in_its_batch_gets_the_caption_of_the_one_before() -> None:
+    module = toy_masked_generator()
+    trainer = toy_trainer(4, limit_val_batches=1.0, val_check_interval=4)
+    trainer.fit(module, datamodule=ValidatedOn(4, batch_size=1))
+    right, shuffled = (trainer.callback_metrics[f"val/token{s}"] for s in ("", "_shuffled"))
+    assert right != shuffled
+
+
+@pytest.mark.slow
+def test_no_more_pictures_are_drawn_than_asked_for_and_each_seed_once() -> None:
+    module, drawn = toy_masked_generator(fid_images=4), []
+    sample = module.sample
+
+    def spy(text, text_mask, *, seeds):
+        drawn.append(list(seeds))
+        return sample(text, text_mask, seeds=seeds)
+
+    module.sample = spy
+    trainer = toy_trainer(1, limit_val_batches=1.0, val_check_interval=1)
+    trainer.fit(module, datamodule=ValidatedOn(9, batch_size=4))
+    assert drawn == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"dim": 16}, "16 wide, .* text_dim=8"), ({"max_tokens": 24}, "24 tokens .* text_tokens=16")],
+)
+def test_captions_that_do_not_fit_the_transformer_are_refused(changes: dict, message: str) -> None:
+    encoder = ByteT5TextEncoder(**{"dim": 8, "layers": 1, "heads": 2, "max_tokens": 16} | changes)
+    with pytest.raises(ValueError, match=f"ByteT5TextEncoder gives .*{message}"):
+        toy_masked_generator(text_encoder=encoder)

@@ -213,3 +213,17 @@ class Counted:
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> None:
         self.names[name] += 1
         self.log(name, *args, **kwargs)
+
+
+def test_a_step_at_the_end_of_an_epoch_takes_the_mean_of_the_batches_it_has() -> None:
+    """One batch an epoch: a step of up to four is a step of this one."""
+    steps = partial(torch.optim.SGD, lr=0.1)
+    modules = []
+    for accumulate in (1, 4):
+        module = toy_stage(
+            1, norm="ln2d", accumulate=accumulate, optimizer=steps, gradient_clip=None
+        )
+        toy_trainer(2).fit(module, datamodule=ToyData(count=4))
+        modules.append(module)
+    for name, tensor in modules[0].state_dict().items():
+        torch.testing.assert_close(modules[1].state_dict()[name], tensor, msg=name)

@@ -63,7 +63,8 @@ def test_half_precision_halves_the_files_and_comes_back_wide(tmp_path: Path) -> 
     loaded = load_model(tmp_path / "half").generator.state_dict()
     for name, tensor in model.generator.state_dict().items():
         assert loaded[name].dtype == tensor.dtype
-        wanted = tensor.half().to(tensor.dtype) if tensor.is_floating_point() else tensor
+        is_narrowed = tensor.is_floating_point() and tensor.ndim > 0
+        wanted = tensor.half().to(tensor.dtype) if is_narrowed else tensor
         torch.testing.assert_close(loaded[name], wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -209,3 +210,10 @@ def test_a_stage_1_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     path = tokenizer_checkpoint(tmp_path / "a.ckpt", stage=1)
     with pytest.raises(CheckpointError, match="written by TokenizerStage1; tokens are those of"):
         load_tokenizer(path)
+
+
+def test_the_scale_of_the_residual_is_exact_in_half_precision_too(tmp_path: Path) -> None:
+    model = toy_model()
+    model.generator.residual_head.set_scale(0.1057)
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    assert load_model(tmp_path).generator.residual_head.scale == torch.tensor(0.1057)

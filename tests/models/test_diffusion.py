@@ -84,7 +84,8 @@ def test_a_perfect_denoiser_leads_back_to_the_target(steps: int) -> None:
         output = torch.cat([(noisy - signal * target) / noise, torch.randn(5, 3)], dim=1)
         fresh = torch.randn(5, 3) if index else None
         noisy = ancestral_step(schedule, noisy, output, step, fresh, clip=True)
-    assert torch.allclose(noisy, target, atol=1e-4)
+    # a single step divides by the little signal that the last one has, 5e-5
+    assert torch.allclose(noisy, target, atol=1e-2 if steps == 1 else 1e-4)
 
 
 def test_temperature_scales_the_fresh_noise() -> None:
@@ -162,3 +163,7 @@ def test_tables_made_in_inference_mode_can_be_trained_with() -> None:
     start, noise, step = rows(schedule)
     diffusion_loss(schedule, start, noise, step, output).sum().backward()
     assert not schedule.signal.is_inference()
+
+
+def test_a_single_step_starts_where_all_is_noise() -> None:
+    assert respaced_steps(1000, 1) == [999]

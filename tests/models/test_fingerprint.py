@@ -65,8 +65,8 @@ def test_a_tokenizer_s_is_that_of_encoder_and_quantizer_but_not_of_the_decoder()
     assert tokenizer_fingerprint(tokenizer) not in (before, changed)
 
 
-def test_counting_codes_does_not_change_it() -> None:
+def test_encoding_does_not_change_it() -> None:
     tokenizer = toy_tokenizer().eval()
     before = tokenizer_fingerprint(tokenizer)
     tokenizer.encode(torch.zeros(1, 3, 32, 32))
-    assert tokenizer.quantizer.counts.sum() == 64 and tokenizer_fingerprint(tokenizer) == before
+    assert tokenizer_fingerprint(tokenizer) == before

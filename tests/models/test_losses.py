@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dcar.models.losses import (
     CrossEntropy,
-    LeCam,
     TokenizerCriterion,
     hinge_discriminator_loss,
     hinge_generator_loss,
@@ -120,17 +119,6 @@ def test_hinges_have_their_known_values() -> None:
     assert hinge_discriminator_loss(far, -far) == 0
     assert hinge_discriminator_loss(-far, far) == 6
     assert hinge_generator_loss(far) == -5
-
-
-def test_lecam_pulls_logits_to_the_running_mean_of_the_other_side() -> None:
-    lecam = LeCam(decay=0.0)
-    real, fake = torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)
-    assert lecam(real, fake) == (3 - 1) ** 2 + (3 - 1) ** 2
-    assert (lecam.real_mean, lecam.fake_mean) == (3, 1)
-    lecam.eval()
-    lecam(real + 1, fake)
-    assert lecam.real_mean == 3
-    assert lecam(fake, real) == 0
 
 
 # Masked tokens

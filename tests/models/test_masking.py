@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from dcar.models.masking import (
     SCHEDULES,
-    fixed_per_step,
     halton_rank,
     mask_ratio,
     masked_after,
     next_masked,
     training_mask,
 )
+from tests.toys import fixed_per_step
 
 
 def test_twelve_steps_fix_the_published_numbers_of_tokens() -> None:

@@ -58,14 +58,6 @@ def test_discrete_and_loss_train_everything(make: Callable[[], AdaptedQuantizer]
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-@each_quantizer
-@pytest.mark.usefixtures("needs_package")
-def test_evaluation_is_counted(make: Callable[[], AdaptedQuantizer]) -> None:
-    quantizer = make().eval()
-    ids = quantizer(torch.randn(2, quantizer.dim, 4, 3)).ids
-    assert quantizer.usage() == ids.unique().numel() / quantizer.num_codes
-
-
 @pytest.mark.usefixtures("needs_package")
 def test_simvq_picks_the_nearest_code() -> None:
     quantizer = simvq(num_codes=32, dim=8)

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcar.models.generator import HybridGenerator
-from dcar.models.masking import fixed_per_step, halton_rank
+from dcar.models.masking import halton_rank
 from dcar.models.residual_head import FlowResidualHead, ResidualHead
 from dcar.models.sampler import SamplerSettings, Tokens, sample
 from dcar.models.transformer import MaskedTransformer
+from tests.toys import fixed_per_step
 
 CODES, CHANNELS, OFFICIAL = 11, 3, SamplerSettings()
 
@@ -346,3 +347,52 @@ def test_arguments_that_do_not_fit_are_refused_by_name(
 def test_residuals_to_keep_need_a_head() -> None:
     with pytest.raises(ValueError, match="initial_residual"):
         draw(build(kind=None), initial_residual=torch.zeros(3, 3, 3, 4))
+
+
+def test_captions_may_come_in_bf16_as_t5_gives_them() -> None:
+    text, text_mask = captions(3)
+    unguided = replace(OFFICIAL, guidance=0.0, residual_guidance=0.0)
+    half = draw(GENERATOR, text=text.bfloat16(), text_mask=text_mask, settings=unguided)
+    same_values = text.bfloat16().float()
+    assert same(half, draw(GENERATOR, text=same_values, text_mask=text_mask, settings=unguided))
+    assert draw(GENERATOR, text=text.bfloat16(), text_mask=text_mask).ids.shape == (3, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"residual_refinement": False},
+        {"residual_guidance": 0.0},
+        {"residual_guidance": 0.0, "guidance_decay": "power-cosine"},
+        {"residual_guidance": 2.0},
+    ],
+)
+def test_an_image_with_one_token_to_draw_may_stand_beside_one_with_many(changes: dict) -> None:
+    """Its only step is the first, which a rising guidance leaves unguided."""
+    options = replace(OFFICIAL, **{"guidance_decay": "linear", "steps": 4} | changes)
+    ids = torch.zeros(3, 3, 4, dtype=torch.int64)
+    ids[0, 0, 0] = ids[1, :2] = ids[2, 1, 1] = CODES  # the mask id
+    tokens = draw(GENERATOR, settings=options, initial_ids=ids)
+    assert bool((tokens.ids < CODES).all()) and torch.equal(
+        tokens.ids[ids < CODES], ids[ids < CODES]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (ResidualHead, {"residual_steps": 2000}, "residual_steps 2000 is above the head's 1000"),
+        (FlowResidualHead, {"residual_clip": True}, "residual_clip must be None or False"),
+    ],
+)
+def test_what_the_head_cannot_do_is_refused_before_anything_is_drawn(
+    kind: type, changes: dict, message: str
+) -> None:
+    steps: list[int] = []
+    with pytest.raises(ValueError, match=message):
+        draw(
+            build(kind=kind),
+            settings=replace(OFFICIAL, **changes),
+            on_step=lambda step, ids, fixed: steps.append(step),
+        )
+    assert steps == []
