@@ -47,7 +47,11 @@ class ProgressLine:
         self._units_done = self._seen = self._bytes = 0
         self._begun = self._said = time.monotonic()
         if self.console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[at]}")
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[at]}", markup=False),
+            )
             self._bar = Progress(*columns, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task(what, total=1.0, at="")

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
 from PIL import Image
@@ -42,7 +41,7 @@ from dcar.pipeline import DCARPipeline, chunks
 from experiments.components import build
 from experiments.config import ConfigError, at_least
 from experiments.run import RunOptions
-from experiments.sample import find_model
+from experiments.sample import chosen_device, find_model
 
 SOURCES = {
     "real": "true pictures of the same prompts: how far the judge itself can be trusted",
@@ -147,7 +146,7 @@ def distances(asked: Sequence[Asked], drawn: Drawn) -> dict[str, float]:
 
 
 def open_pipeline(config: DictConfig) -> DCARPipeline:
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(config.device)
     model = find_model(config.ckpt, config.outputs)
     return DCARPipeline(model, device=device, precision=config.precision)
 

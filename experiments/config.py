@@ -22,6 +22,8 @@ EXPERIMENTS = CONFIGS / "experiment"
 REPOSITORY = Path(__file__).parents[1]
 
 
+# Keys that a choice of `data` may or may not read.
+OF_DATA = ("train_urls", "val_urls", "data_root", "captions", "val_captions", "caption_weights")
 OF_SEVERAL_KINDS = ("compile", "trainer.devices")  # whose users check them
 
 
@@ -83,7 +85,7 @@ def given(value: Any, key: str) -> Any:
 def at_least(config: DictConfig, least: int, *keys: str) -> None:
     """Raises ConfigError for the first of these keys whose number is below `least`."""
     for key in keys:
-        if config[key] < least:
+        if config[key] is None or config[key] < least:
             raise ConfigError(f"{key}={config[key]} must be at least {least}")
 
 
@@ -128,6 +130,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     except ConfigError as error:
         raise ConfigError(_explain(str(error), base, overrides)) from error
     _check_types(base, config, overrides)
+    _check_use(name, config, overrides)
     try:
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -189,6 +192,8 @@ def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
     if found := re.search(r"Could not override '([^']+)'", message):
         parent = found[1].rpartition(".")[0]
         known = [*flat_keys(base), *(f"{parent}.{name}" for name in _arguments(base, parent))]
+        if found[1] in known:
+            return f"this experiment has no choice of {found[1]}"
         return f"unknown key {found[1]!r}{nearest(found[1], known)}"
     if found := re.search(r"Could not find '([^']+)/([^/']+)'", message):
         options = sorted(p.stem for p in (CONFIGS / found[1]).glob("*.yaml"))
@@ -229,6 +234,24 @@ def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str])
         expected = _kind(old)
         if expected != _kind(new) and not (expected == "number" and _kind(new) == "integer"):
             raise ConfigError(f"{key}={new}: expected {expected}, as in {key}={old}")
+
+
+def _check_use(name: str, config: DictConfig, overrides: Sequence[str]) -> None:
+    """Nothing is given that the experiment would ignore: data it does not read, parts of a base."""
+    text = OmegaConf.to_yaml(config)
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in OF_DATA and value != "null" and not _reads(text, key):
+            choices = [p.stem for p in sorted((CONFIGS / "data").glob("*.yaml"))]
+            readers = [c for c in choices if _reads((CONFIGS / f"data/{c}.yaml").read_text(), key)]
+            hint = " or data=".join(readers)
+            raise ConfigError(f"{key} is not read by the data of {name}; data={hint} reads it")
+        if (CONFIGS / key).is_dir() and value != "null" and config.get(key, "") is None:
+            raise ConfigError(f"{key}={value}: {name} takes its {key} from what it starts from")
+
+
+def _reads(text: str, key: str) -> bool:
+    return re.search(rf"\$\{{[^}}]*\b{key}\b", text) is not None
 
 
 def _kind(value: Any) -> str:

@@ -19,9 +19,9 @@ from dcar.data.build import build as build_shards
 from dcar.data.build_unit import BuildTask, UnitReader, make_sample, unit_name
 from dcar.data.distributors import Distributor, Processes, RayCluster
 from dcar.data.filters import Filters
-from dcar.data.sources.folder import Folder
 from dcar.data.sources.source import Record, Source, Unit
 from dcar.data.storage import is_remote
+from dcar.data.wording import amount
 from dcar.errors import DataError
 from experiments.build_progress import ProgressLine, reasons_text, size_text, tally_text
 from experiments.components import build as instantiate
@@ -96,6 +96,12 @@ def build(config: DictConfig, options: RunOptions) -> Report | None:
     config["in"] = absolute(str(config["in"]))
     if absolute(str(config.out)).rstrip("/") == config["in"].rstrip("/"):
         raise ConfigError(f"out={config.out} is the folder that is read: give another one")
+    is_within = absolute(str(config.out)).startswith(config["in"].rstrip("/") + "/")
+    if is_within and config.source._target_.endswith(".WebDatasetShards"):
+        raise ConfigError(
+            f"out={config.out} lies within the folder that is read, and what is written there "
+            "would be read the next time: give another one"
+        )
     try:
         task, distributor = make_task(config), make_distributor(config)
         if options.dry_run:
@@ -134,8 +140,9 @@ def print_report(task: BuildTask, report: Report) -> None:
     print(f"{task.out} {done}")
     for split, tally in report.splits.items():
         print(tally_text(split, tally))
-    if set(report.splits) == {"train"} and isinstance(task.source, Folder):
-        print("no val: source.val_share=0.1 would make a tenth of the captions one")
+    share = getattr(task.source, "val_share", 0.0)
+    if share and set(report.splits) == {"train"}:
+        print(f"no val: none of the captions or keys fell into source.val_share={share:g} of them")
 
 
 @dataclass
@@ -182,9 +189,11 @@ def units_text(prefix: str, units: Sequence[Unit]) -> str:
     """One line on the units of a split."""
     first, last = units[0], units[-1]
     known = [unit.samples for unit in units if unit.samples is not None]
-    pictures = f"{sum(known):,} pictures" if len(known) == len(units) else "archives of any length"
+    pictures = (
+        amount(sum(known), "picture") if len(known) == len(units) else "archives of any length"
+    )
     return (
-        f"{first.split}: {len(units)} units, {pictures}: {prefix}-{unit_name(first)} to "
+        f"{first.split}: {amount(len(units), 'unit')}, {pictures}: {prefix}-{unit_name(first)} to "
         f"{prefix}-{unit_name(last)}"
     )
 
@@ -199,10 +208,11 @@ def estimate(task: BuildTask) -> None:
         looks = (look(task, unit) for unit in units)
         looked = next((each for each in looks if each.records), None)
     if looked is None:
-        raise DataError(f"the source holds nothing to build from: {len(units)} units, no picture")
+        held = amount(len(units), "unit")
+        raise DataError(f"the source holds nothing to build from: {held}, no picture")
     each, seconds = looked.bytes / looked.records, looked.seconds / looked.records
     print(
-        f"of the first {looked.records} pictures {looked.kept} are kept (left out: "
+        f"of the first {amount(looked.records, 'picture')} {looked.kept} are kept (left out: "
         f"{reasons_text(looked.dropped)}); each one read takes {seconds * 1e3:.1f} ms and "
         f"{size_text(each)} of the shards"
     )

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -37,7 +36,7 @@ def progress(folder: str, samples: int | None = None) -> Iterator[Tick]:
     """A bar of samples looked at, out of those the manifest lists, gone when the work is done."""
     total = sum(entry.samples for entry in read_manifest(folder).values())
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a folder may have brackets in its name
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("samples"),
@@ -94,14 +93,14 @@ def stats(config: DictConfig, options: RunOptions) -> data_stats.Stats:
     summary = found.summary()
     Console().print(stats_table(summary))
     if not options.dry_run:
-        out = Path(config.out)
         for name, data in {
             "stats.json": json.dumps(summary, indent=1).encode(),
             "stats.png": stats_png(found),
         }.items():
-            with write_atomically(out / name) as file:
+            path = join(str(config.out), name)
+            with write_atomically(path) as file:
                 file.write(data)
-            print(out / name)
+            print(path)
     return found
 
 
@@ -151,9 +150,9 @@ def stats_rows(split: Mapping[str, Any]) -> dict[str, str]:
 
 def peek(config: DictConfig, options: RunOptions) -> list[Cell]:
     """Draw samples and write the sheet. Raises DataError where the shards hold no pictures."""
-    if Path(config.out).suffix.lower() != ".png":
+    if not str(config.out).lower().endswith(".png"):
         raise ConfigError(f"out={config.out} must end in .png")
-    at_least(config, 1, "samples")
+    at_least(config, 1, "samples", "columns")
     cells = drawn(str(config["in"]), config.samples, seed=config.seed, split=config.split)
     sheet = contact_sheet(cells, columns=config.columns)
     if not options.dry_run:
@@ -174,6 +173,8 @@ def drawn(folder: str, samples: int, *, seed: int, split: str | None) -> list[Ce
         raise ConfigError(f"split={split}: {folder} has {sorted(set(splits.values()))}")
     shards = ShardSet(urls)
     ends = list(accumulate(shards.counts))
+    if not ends[-1]:
+        raise DataError(f"the shards in {folder} hold no sample")
     places = random.Random(f"{seed}/peek").sample(range(ends[-1]), min(samples, ends[-1]))
     return [_cell(shards, ends, place) for place in sorted(places)]
 

@@ -65,8 +65,13 @@ def find_tokenizer(
 
 
 def take_from(config: DictConfig, source: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Architecture and, unless the user gave another one, resolution of what is fine-tuned."""
+    """Architecture and, unless the user gave another one, resolution of what is fine-tuned.
+
+    Raises ConfigError where the user gave another architecture.
+    """
     for key in keys:
+        if config.get(key) is not None:
+            raise ConfigError(f"{key} is that of what is fine-tuned and cannot be given")
         config[key] = source[key]
     config.size = config.size or source["size"]
 
@@ -80,6 +85,8 @@ def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
 
     Returns the last logged metrics by name. Raises CheckpointError for a base that cannot be used.
     """
+    if config.tokenizer_from is not None:
+        raise ConfigError(f"tokenizer_from={config.tokenizer_from}: the base's own is used")
     base = find_base(config.init_from, config.outputs)
     take_from(config, base.config, BASE_PARTS)
     path = find(config.init_from, config.outputs, models_first=True)
@@ -153,11 +160,14 @@ def decoder(config: DictConfig, options: RunOptions) -> dict[str, float]:
     path = tokenizer_checkpoint(config.init_from, config.outputs)
     reference = config.model or (None if path else config.init_from)
     base = find_base(reference, config.outputs) if reference else None
+    about: dict[str, Any] = {}
     if base is not None:
         check_same_tokens(config, base)
-        take_from(config, base.config, ("tokenizer",))
+        about = base.config
     if path is not None:
-        take_from(config, read_checkpoint(path)["dcar"]["config"], ("tokenizer",))
+        own = read_checkpoint(path)["dcar"]["config"]
+        about = {"size": own["size"], **about, "tokenizer": own["tokenizer"]}
+    take_from(config, about, ("tokenizer",))
     metrics = train(config, options)
     if base is not None and not options.dry_run:
         export_decoder(config, base)

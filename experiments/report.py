@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dcar.data.distributors import cores
 from dcar.evaluation.charts import LIGHT, curves_png
 from dcar.evaluation.report_page import page
 from dcar.evaluation.run_record import RunRecord, read_run
@@ -137,11 +137,10 @@ def finite(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of Python, the packages that decide the result, and the machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"python": platform.python_version()}
     found |= {package: importlib.metadata.version(package) for package in PACKAGES}
     found |= {"dcar": importlib.metadata.version("dcar-lightning")}
-    found |= {"system": platform.platform(), "processor": processor(), "cores": str(cores)}
+    found |= {"system": platform.platform(), "processor": processor(), "cores": str(cores())}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found

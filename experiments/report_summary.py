@@ -21,9 +21,9 @@ def introduction(figures: Mapping[str, Any]) -> Html:
         f"{number(minutes, 0 if minutes >= 10 else 1)} minutes in all. First a tokenizer learnt to "
         f"turn {model['size']} px pictures into {grid} x {grid} codes out of "
         f"{model['num_codes']:,} plus a continuous residual, and back. Then a generator learnt to "
-        "predict codes and residual from a caption. These are toy sizes, trained for minutes on "
-        "small drawings: the page shows that every part of the method works and what it "
-        "contributes, not how good large models are.",
+        "predict codes and residual from a caption. These are small sizes and small drawings: the "
+        "page shows that every part of the method works and what it contributes, not how good "
+        "large models are.",
     )
 
 

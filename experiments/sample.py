@@ -1,5 +1,6 @@
 """The task of `--exp=sample`: prompts to PNG files that carry their settings."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,11 @@ def read_prompts(prompt: object) -> list[str]:
     if path.suffix == ".txt":
         if not path.is_file():
             raise ConfigError(f"prompt={prompt}: there is no such file")
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"prompt={prompt} is no UTF-8 text: {error}") from error
+        return [line.strip() for line in lines if line.strip()]
     return [prompt]
 
 
@@ -75,6 +80,18 @@ def model_of_checkpoint(path: Path) -> Model:
     return model
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """A GPU where there is one and none is named. Raises ConfigError for one that is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such kind; torch built without it
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def output_paths(out: str, count: int) -> list[Path]:
     """`out` itself for one image, numbered beside it for several."""
     path = Path(out)
@@ -91,10 +108,17 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
     if not prompts:
         raise ConfigError(f"prompt={config.prompt}: no prompt in it")
     at_least(config, 1, "images_per_prompt")
+    at_least(config, 0, "seed")
     prompts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     paths = output_paths(config.out, len(prompts))
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(config.device)
     model = find_model(config.ckpt, config.outputs)
+    encoder: Any = model.text_encoder
+    for prompt in dict.fromkeys(prompts):
+        if encoder.cuts(prompt):
+            print(
+                f"only the first {encoder.max_tokens} tokens are read of: {prompt}", file=sys.stderr
+            )
     pipeline = DCARPipeline(model, device=device, precision=config.precision)
     pictures = pipeline(
         prompts,

@@ -30,6 +30,7 @@ from dcar.data.filters import DUPLICATE_KEY, NEAR_DUPLICATE
 from dcar.data.shards import ShardEntry, write_manifest
 from dcar.data.sources.source import Unit
 from dcar.data.storage import exists, join
+from dcar.data.wording import amount
 from dcar.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -256,8 +257,8 @@ def _failures(failed: Sequence[Outcome], units: int) -> str:
     broken = any(outcome.broken for outcome in failed)
     without = " (with skip_broken=true it goes on without those that are broken)" if broken else ""
     return (
-        f"{len(failed)} of {units} units failed; the others are finished, and the same command "
-        f"tries these again{without}: {'; '.join([*named, *more])}"
+        f"{len(failed)} of {amount(units, 'unit')} failed; the others are finished, and the same "
+        f"command tries these again{without}: {'; '.join([*named, *more])}"
     )
 
 

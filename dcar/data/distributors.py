@@ -97,11 +97,18 @@ def _lean_workers() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = threads
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Processes:
     """Runs tasks in `workers` processes, started afresh for each run (default: one a core)."""
 
     def __init__(self, workers: int | None = None):
-        self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self.workers = cores() if workers is None else workers
         if self.workers < 1:
             raise ValueError(f"processes={workers}; it must be at least 1")
 

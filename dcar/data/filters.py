@@ -13,6 +13,7 @@ from dcar.data.sources.source import Record
 CHECKS = ("decode", "header")
 FORMATS = ("jpg", "webp")
 MAX_EDGE = 65_535  # what `sizes.npz` can hold
+MAX_WEBP_EDGE = 16_383
 
 BROKEN = "broken image"
 TOO_LARGE = "image too large"
@@ -119,7 +120,10 @@ class Filters:
         """What is stored of a picture file. Raises BadSample."""
         width, height = self.header(data)
         if self.resize is not None and min(width, height) > self.resize:
-            return self._resized(data, covering(height, width, (self.resize, self.resize)))
+            size = covering(height, width, (self.resize, self.resize))
+            if self.format == "webp" and max(size) > MAX_WEBP_EDGE:
+                raise BadSample(TOO_LARGE)
+            return self._resized(data, size)
         if self.check == "decode":
             self.decoded(data)
         return Picture(data, image_kind(data), width, height)

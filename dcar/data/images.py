@@ -17,6 +17,7 @@ except ImportError:  # slower, same pixels
     simplejpeg = None
 
 MAX_PIXELS = 64 * 2**20
+HARMLESS = "extraneous bytes"  # between parts of a JPEG, where no pixel is lost
 REDUCED_AT_LEAST = 2.0  # a reduced JPEG stays this many times larger than what is wanted of it
 _READABLE = ("WEBP", "PNG", "JPEG")
 _TURNS = {  # EXIF orientation -> what makes the picture upright
@@ -106,10 +107,14 @@ def decode(data: bytes, *, cover: tuple[int, int] | None, max_pixels: int = MAX_
         if _is_plain_jpeg(data, image):
             reduction = _reduction(height, width, cover) if cover else 1
             rows, columns = -(-height // reduction), -(-width // reduction)
-            pixels = simplejpeg.decode_jpeg(  # strict: a warning of the decoder is an error
-                data, min_height=rows, min_width=columns, min_factor=reduction
-            )
-            return Decoded(pixels, height, width, reduction)
+            try:  # strict: a warning of the decoder is an error
+                pixels = simplejpeg.decode_jpeg(
+                    data, min_height=rows, min_width=columns, min_factor=reduction
+                )
+                return Decoded(pixels, height, width, reduction)
+            except ValueError as error:
+                if HARMLESS not in str(error):
+                    raise
         image.load()
         pixels = np.array(to_rgb(image))  # a copy, since PIL's own memory is read-only
         return Decoded(pixels, *pixels.shape[:2])

@@ -1,5 +1,6 @@
 """Where each sample of a local shard lies, so that any of them is read without its neighbours."""
 
+import logging
 import os
 import tarfile
 from array import array
@@ -9,6 +10,8 @@ from pathlib import Path
 from dcar.data.members import MAX_MEMBER_BYTES, MEMBER_TYPES, BadSample, Raw, split_name
 from dcar.data.tar_header import StrictHeader
 from dcar.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 class ShardIndex:
@@ -132,10 +135,16 @@ def read_shard(path: str | Path) -> Iterator[Raw]:
 
 
 def count_samples(path: str | Path) -> int:
-    """How many samples a local shard holds before it breaks off, if it does; 0 for no tar."""
+    """How many samples a local shard holds before it breaks off, if it does; 0 for no tar.
+
+    Warns of a shard without any, which nobody would open, and so miss, later.
+    """
     try:
         index = ShardIndex(path)
-    except DataError:
+    except DataError as error:
+        log.warning("%s counts as a shard of no samples: %s", path, error)
         return 0
     index.close()
+    if not len(index):
+        log.warning("%s holds no sample", path)
     return len(index)

@@ -151,6 +151,8 @@ def read_caption(raw: Raw, *, required: bool) -> str:
         if text is None and "json" in raw:
             described = json.loads(raw["json"])
             text = described.get("caption") if isinstance(described, dict) else None
+            if not (required or isinstance(text, str)):
+                return ""  # several captions, say, which nobody will read
         caption = text.decode() if isinstance(text, bytes) else (text or "")
     except UnicodeDecodeError as error:
         raise BadSample("caption is not UTF-8") from error

@@ -24,7 +24,7 @@ from dcar.data.shard_check import ShardCheck, ShardFile, holds_captions, open_ta
 from dcar.data.shard_set import caption_names
 from dcar.data.shards import ShardEntry, read_facts, read_manifest, read_sizes
 from dcar.data.storage import name_of, open_read
-from dcar.data.verify import over_processes, quiet, shard_urls, splits_of
+from dcar.data.verify import over_processes, quiet, shard_urls, splits_of, wants_captions
 
 QUANTILES = {"min": 0, "p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95, "max": 100}
 ASPECT_EDGES = 2 ** np.linspace(-2, 2, 33)  # of width / height; rarer ones fall in the outer bins
@@ -322,7 +322,8 @@ def collect(
     listed, sizes = read_manifest(folder), read_sizes(folder)
     built = read_facts(folder).get("splits", {})
     tasks = [(url, listed.get(name_of(url)), sizes.get(name_of(url))) for url in urls]
-    measure = partial(measure_shard, samples=samples, captioned=captioned)
+    wanted = wants_captions(folder, captioned)
+    measure = partial(measure_shard, samples=samples, captioned=wanted)
     by_split: dict[str, list[ShardStats]] = {}
     splits = splits_of(folder)
     for shard in over_processes(measure, tasks, processes, tick):

@@ -35,6 +35,7 @@ from dcar.data.samples import OWN, Sample, cut_caption, decode
 from dcar.data.shard_set import ShardSet
 from dcar.data.storage import name_of
 from dcar.data.transforms import ImageTransform
+from dcar.data.wording import amount
 from dcar.errors import DataError
 
 SAMPLES_BEFORE_JUDGING = 100  # a rate of bad samples means nothing on fewer
@@ -212,11 +213,14 @@ class ShardStream(IterableDataset):
         order = self.order(lanes or world)
         units = -(-self.batch_size // order.samples)
         if not self.shuffle:
+            if 0 < order.size < world:
+                held = amount(order.size, "validation sample")
+                raise ValueError(f"{held} for {world} ranks: each needs at least one")
             return Slice(order.size, rank, world, units)
         if order.size < units * world:
             raise ValueError(
                 f"{sum(self.counts)} samples cannot fill one batch of {self.batch_size} "
-                f"on each of {world} ranks"
+                f"on each of {amount(world, 'rank')}"
             )
         return Share(taken, order.size, rank, world, units)
 

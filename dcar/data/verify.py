@@ -22,6 +22,7 @@ from dcar.data.shard_check import (
 from dcar.data.shards import (
     MANIFEST,
     ShardEntry,
+    read_facts,
     read_manifest,
     read_sizes,
     read_splits,
@@ -110,6 +111,14 @@ def over_processes(
         yield result
 
 
+def wants_captions(folder: str | Path, captioned: bool | None) -> bool | None:
+    """`captioned` where it is given; False where the folder was built without captions."""
+    if captioned is not None:
+        return captioned
+    source = read_facts(folder).get("build", {}).get("source", {})
+    return False if source.get("captioned") is False else None
+
+
 @dataclass(frozen=True)
 class Report:
     """What `verify` found, shard by shard in the order of their names."""
@@ -174,7 +183,7 @@ def verify(
     if not present and not manifest:
         raise FileNotFoundError(f"no shard (*.tar) in {folder}")
     tasks = [(url, manifest.get(name), sizes.get(name)) for name, url in present.items()]
-    check = partial(check_shard, deep=deep, captioned=captioned)
+    check = partial(check_shard, deep=deep, captioned=wants_captions(folder, captioned))
     checks = list(over_processes(check, tasks, processes, tick))
     for found in checks:
         if listed and found.name not in manifest:

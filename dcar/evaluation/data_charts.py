@@ -1,11 +1,10 @@
 """Pictures of a data set: histograms of what its shards hold, and a contact sheet of samples."""
 
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dcar.data.stats import Stats, histogram
 from dcar.evaluation.charts import DPI, LIGHT, PANEL_SIZE, Theme, dress, to_png
+from dcar.evaluation.sheets import sans
 
 COLUMNS = 3
 MOST_BARS = 10  # of a bar chart; the longest ones
@@ -150,21 +150,20 @@ class Cell:
     fault: str = ""
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu, which comes with matplotlib, has Greek, Cyrillic and the like; PIL's own has not."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
-
-
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """Lines of at most `width` pixels, the last of `most` ending in "…" where more would follow."""
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     for word in text.split():
+        if len(lines) > most:  # the rest will not be shown
+            break
         longer = f"{line} {word}".lstrip()
         if line and font.getlength(longer) > width:
             lines.append(line)
             longer = word
-        while font.getlength(longer) > width:  # a word wider than the line
-            fits = next(n for n in range(len(longer), 0, -1) if font.getlength(longer[:n]) <= width)
+        while len(lines) <= most and font.getlength(longer) > width:  # a word wider than the line
+            widths = range(1, len(longer) + 1)
+            fits = max(1, bisect(widths, float(width), key=lambda n: font.getlength(longer[:n])))
             lines.append(longer[:fits])
             longer = longer[fits:]
         line = longer
@@ -197,7 +196,7 @@ def contact_sheet(cells: Sequence[Cell], *, columns: int = 8, side: int = 224) -
 
 def _strip(cells: Sequence[Cell], columns: int, side: int) -> Image.Image:
     """One row of the sheet."""
-    key_font, font, leading = _font(10), _font(12), 16
+    key_font, font, leading = sans(10), sans(12), 16
     texts = [wrap(cell.caption, font, side, MAX_LINES) for cell in cells]
     band = 2 * leading + max(map(len, texts)) * leading
     size = columns * (side + MARGIN) + MARGIN, MARGIN + side + band + MARGIN
@@ -221,8 +220,8 @@ def _place(
     """The whole picture in the middle of its square; a small one is not enlarged beyond twice."""
     left, top = place
     if cell.picture is None:
-        lines = wrap(cell.fault, _font(13), side - 2 * MARGIN, MAX_LINES)
-        draw.text((left + MARGIN, top + MARGIN), "\n".join(lines), ALARM, _font(13))
+        lines = wrap(cell.fault, sans(13), side - 2 * MARGIN, MAX_LINES)
+        draw.text((left + MARGIN, top + MARGIN), "\n".join(lines), ALARM, sans(13))
         return
     largest = min(side, 2 * max(cell.picture.size))
     fitted = ImageOps.contain(cell.picture, (largest, largest), Image.Resampling.LANCZOS)

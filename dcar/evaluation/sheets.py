@@ -1,28 +1,32 @@
 """Pictures on paper: sheets of them with captions, and PNG files that carry their settings."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from dcar.data.storage import write_atomically
+
 LANCZOS = Image.Resampling.LANCZOS
 
 
 def save_png(picture: Image.Image, path: str | Path, facts: Mapping[str, object]) -> None:
-    """Write a PNG that carries `facts` as text chunks (prompt, seed, settings)."""
-    info = PngInfo()
+    """Write a PNG, local or remote, that carries `facts` (prompt, seed, settings) as text."""
+    info, data = PngInfo(), io.BytesIO()
     for key, value in facts.items():
         info.add_itxt(key, str(value))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, pnginfo=info)
+    picture.save(data, "PNG", pnginfo=info)
+    with write_atomically(path) as file:
+        file.write(data.getvalue())
 
 
 def captioned_grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int, side: int = 160
 ) -> Image.Image:
     """Pictures in rows, each as large as `side` pixels allow, with its caption beneath."""
-    font, band = ImageFont.load_default(size=11), 34
+    font, band = sans(11), 34
     rows = -(-len(pictures) // columns)
     page = Image.new("RGB", (columns * side, rows * (side + band)), "white")
     draw = ImageDraw.Draw(page)
@@ -35,7 +39,14 @@ def captioned_grid(
     return page
 
 
-def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+def sans(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu, which comes with matplotlib, has Greek, Cyrillic and the like; PIL's own has not."""
+    import matplotlib  # which a picture alone does without
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """At most two lines that fit `width` pixels; of a word that does not, what fits."""
     lines = [""]
     for word in text.split():

@@ -86,6 +86,22 @@ class Draws:
         return scramble(counters * GOLDEN + key).view(len(images), *shape)
 
 
+class RowDraws:
+    """Draws for rows ordered (image, repeat, token), so that ranks and one process agree."""
+
+    def __init__(self, draws: Draws, batch: int, tokens: int, repeats: int):
+        self.draws, self.batch, self.shape = draws, batch, (repeats, tokens)
+
+    def randint(self, high: int) -> Tensor:
+        return self.draws.randint(high, self.batch, *self.shape).flatten()  # (M,)
+
+    def rand(self) -> Tensor:
+        return self.draws.rand(self.batch, *self.shape).flatten()  # (M,)
+
+    def randn(self, channels: int) -> Tensor:
+        return self.draws.randn(self.batch, *self.shape, channels).flatten(0, 2)  # (M, C)
+
+
 def hash_pair(seed: int, call: int) -> int:
     """A signed 64-bit integer that differs in half its bits for other seeds and other calls."""
     mixed = scramble(torch.tensor(seed % 2**63) * GOLDEN)

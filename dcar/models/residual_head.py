@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dcar.models.denoiser import Denoiser
 from dcar.models.diffusion import add_noise, ancestral_step, diffusion_loss, noise_schedule
-from dcar.models.draws import Draws
+from dcar.models.draws import Draws, RowDraws
 from dcar.models.precision import without_autocast
 
 # (noisy rows (M, C), step as the network is told it (1,)) -> network output (M, outputs)
@@ -83,7 +83,7 @@ class BaseResidualHead(nn.Module, ABC):
             self.set_scale(scale)
 
     @abstractmethod
-    def _row_losses(self, start: Tensor, denoise: Denoise, draws: "_RowDraws") -> Tensor:
+    def _row_losses(self, start: Tensor, denoise: Denoise, draws: RowDraws) -> Tensor:
         """Loss of each row (M,) for scaled residuals (M, C)."""
 
     @abstractmethod
@@ -139,7 +139,7 @@ class BaseResidualHead(nn.Module, ABC):
                 return self.denoiser(noisy, time, condition).float()
 
             losses = self._row_losses(
-                start, denoise, _RowDraws(draws, batch, tokens, self.batch_mul)
+                start, denoise, RowDraws(draws, batch, tokens, self.batch_mul)
             )
         losses = rearrange(losses, "(b k n) -> b k n", b=batch, n=tokens).mean(1)  # (B, N)
         if mask is None:
@@ -239,22 +239,6 @@ class BaseResidualHead(nn.Module, ABC):
         return self
 
 
-class _RowDraws:
-    """Draws for rows ordered (image, repeat, token), so that ranks and one process agree."""
-
-    def __init__(self, draws: Draws, batch: int, tokens: int, repeats: int):
-        self.draws, self.batch, self.shape = draws, batch, (repeats, tokens)
-
-    def randint(self, high: int) -> Tensor:
-        return self.draws.randint(high, self.batch, *self.shape).flatten()  # (M,)
-
-    def rand(self) -> Tensor:
-        return self.draws.rand(self.batch, *self.shape).flatten()  # (M,)
-
-    def randn(self, channels: int) -> Tensor:
-        return self.draws.randn(self.batch, *self.shape, channels).flatten(0, 2)  # (M, C)
-
-
 class ResidualHead(BaseResidualHead):
     """The denoiser as an iDDPM: cosine schedule, noise prediction, learned-range variance.
 
@@ -297,7 +281,7 @@ class ResidualHead(BaseResidualHead):
         if steps is not None and steps > self.train_steps:
             raise ValueError(f"residual_steps {steps} is above the head's {self.train_steps}")
 
-    def _row_losses(self, start: Tensor, denoise: Denoise, draws: _RowDraws) -> Tensor:
+    def _row_losses(self, start: Tensor, denoise: Denoise, draws: RowDraws) -> Tensor:
         schedule = noise_schedule(self.train_steps, self.train_steps, start.device)
         step, noise = draws.randint(self.train_steps), draws.randn(self.channels)
         output = denoise(add_noise(schedule, start, noise, step), step)  # (M, 2C)
@@ -376,7 +360,7 @@ class FlowResidualHead(BaseResidualHead):
         if clip:
             raise ValueError("residual_clip must be None or False: flow matching does not clip")
 
-    def _row_losses(self, start: Tensor, denoise: Denoise, draws: _RowDraws) -> Tensor:
+    def _row_losses(self, start: Tensor, denoise: Denoise, draws: RowDraws) -> Tensor:
         time, noise = draws.rand(), draws.randn(self.channels)
         noisy = torch.lerp(noise, start, time[:, None])
         velocity = denoise(noisy, time * _TIME_UNITS)  # (M, C)

@@ -154,6 +154,10 @@ class ByteT5TextEncoder(nn.Module):
             return self.max_tokens
         return _padded_length((self.max_tokens - 1) // 2 + 2, self.max_tokens)
 
+    def cuts(self, caption: str) -> bool:
+        """Whether the end of the caption lies beyond `max_tokens`, so that it is not read."""
+        return len(caption.encode("utf-8", errors="replace")) >= self.max_tokens
+
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         _check_captions(captions)
         ids, mask = (part.to(self.model.device) for part in byte_ids(captions, self.max_tokens))
@@ -221,6 +225,10 @@ class T5TextEncoder(nn.Module):
     def train(self, mode: bool = True) -> "T5TextEncoder":
         """Stays in evaluation mode: T5's dropout must not come on with the generator's training."""
         return super().train(False)
+
+    def cuts(self, caption: str) -> bool:
+        """Whether the end of the caption lies beyond `max_tokens`, so that it is not read."""
+        return len(self.tokenizer(caption, verbose=False)["input_ids"]) > self.max_tokens
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -134,3 +134,11 @@ def test_an_impossible_setting_is_named_with_its_value(settings: dict) -> None:
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         Filters(**settings)
+
+
+def test_a_picture_too_long_for_webp_is_left_out() -> None:
+    tall = picture(0, (30, 5000), "PNG")
+    assert Filters(resize=20, format="webp").picture(tall).height == 3333
+    far_taller = picture(0, (30, 30_000), "PNG")
+    assert reason(Filters(resize=20, format="webp"), far_taller) == "image too large"
+    assert Filters(resize=20).picture(far_taller).height == 20_000

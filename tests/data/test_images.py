@@ -326,3 +326,9 @@ def test_too_large_is_too_large_even_when_it_would_be_reduced():
         decode(png(9000, 9000, bits=8, colour=0, rows=b""), cover=(8, 8))
     with pytest.raises(ImageTooLarge, match="640 x 480"):
         decode(encoded(waves(640, 480), "JPEG"), cover=(8, 8), max_pixels=640 * 480 - 1)
+
+
+def test_stray_bytes_between_the_parts_of_a_jpeg_cost_no_picture() -> None:
+    data = encoded(waves(40, 30), "JPEG", quality=95)
+    dirty = data[:-2] + b"abc" + data[-2:]
+    np.testing.assert_array_equal(read_pixels(dirty), read_pixels(data))

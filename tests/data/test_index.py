@@ -214,3 +214,10 @@ def test_sixty_thousand_members_take_bounded_memory(tmp_path, caplog):
     index = ShardIndex(path)
     assert len(index) == 60_000
     assert process.memory_info().rss - before < 20 * 2**20
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all", b"\0" * 10_240])
+def test_a_shard_without_samples_is_warned_of(tmp_path, caplog, content):
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    assert count_samples(path) == 0 and str(path) in caplog.text

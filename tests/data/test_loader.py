@@ -329,3 +329,8 @@ def test_workers_that_are_spawned_know_their_rank(shards, monkeypatch):
     spawned = ShardLoader(stream(shards), num_workers=1, multiprocessing_context="spawn")
     expected = loader_of(shards, rank=1, world=2)
     assert all(same(*pair) for pair in zip(spawned, expected, strict=True))
+
+
+def test_a_validation_set_that_leaves_a_rank_without_a_sample_is_refused(shards):
+    with pytest.raises(ValueError, match="samples for 99 ranks: each needs at least one"):
+        len(loader_of(shards, shuffle=False, rank=0, world=99))

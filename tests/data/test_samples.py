@@ -175,3 +175,11 @@ def test_half_a_character_in_a_caption_is_no_text():
     raw = {"__key__": "k", "png": picture(), "json": b'{"caption": "\\ud83d cat"}'}
     with pytest.raises(BadSample, match="caption is not UTF-8"):
         decode(raw, TRANSFORM, captioned=True)
+
+
+@pytest.mark.parametrize("words", [["one", "two"], 3, {"en": "a"}, None])
+def test_captions_that_nobody_reads_may_be_anything(words):
+    raw = {"__key__": "a", "json": json.dumps({"caption": words}).encode()}
+    assert read_caption(raw, required=False) == ""
+    with pytest.raises(BadSample, match="no caption"):
+        read_caption(raw, required=True)

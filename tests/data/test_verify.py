@@ -220,3 +220,11 @@ def test_a_folder_of_a_store_is_looked_at_like_a_local_one(folder: Path) -> None
 def test_a_folder_without_shards_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         verify(tmp_path)
+
+
+def test_a_folder_built_without_captions_is_well_without_them(tmp_path: Path) -> None:
+    bare = [{"__key__": "a", "png": picture()}]
+    for captioned in (False, True):
+        shards = {"train": write_shards(bare, tmp_path, "train", 4)}
+        write_manifest(tmp_path, shards, build={"source": {"captioned": captioned}})
+        assert (verify(tmp_path, processes=1).altered == []) is not captioned

@@ -15,9 +15,9 @@ from dcar.evaluation.data_charts import (
     GROUND,
     MARGIN,
     Cell,
-    _font,
     contact_sheet,
     panels,
+    sans,
     stats_png,
     wrap,
 )
@@ -108,14 +108,14 @@ def test_the_chart_is_a_png_on_the_theme_s_paper(theme) -> None:
 
 
 def test_lines_fit_their_width_and_lose_no_word() -> None:
-    font, text = _font(12), "a photograph of the very old lighthouse at dusk " * 3
+    font, text = sans(12), "a photograph of the very old lighthouse at dusk " * 3
     lines = wrap(text, font, 150, 20)
     assert max(map(font.getlength, lines)) <= 150 and " ".join(lines) == text.strip()
     assert len(lines) > 5
 
 
 def test_a_long_text_ends_in_dots_and_a_long_word_is_broken() -> None:
-    font = _font(12)
+    font = sans(12)
     lines = wrap("word " * 200, font, 150, 4)
     assert len(lines) == 4 and lines[-1].endswith("…") and font.getlength(lines[-1]) <= 150
     lines = wrap("x" * 100, font, 150, 20)
@@ -151,3 +151,10 @@ def test_a_fault_is_written_where_the_picture_would_be() -> None:
 def test_an_empty_sheet_is_refused(cells, columns: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         contact_sheet(cells, columns=columns)
+
+
+def test_a_long_caption_without_spaces_is_read_no_further_than_it_is_shown() -> None:
+    font, text = sans(12), "猫" * 16_000
+    lines = wrap(text, font, 200, 4)
+    assert lines[:3] == wrap(text[:100], font, 200, 99)[:3] and lines[3].endswith("…")
+    assert "".join(wrap("x" * 300, font, 150, 99)) == "x" * 300

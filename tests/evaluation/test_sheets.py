@@ -33,3 +33,12 @@ def test_a_caption_stays_under_its_own_picture() -> None:
     grid = captioned_grid(pictures, ["W" * 60, ""], columns=2, side=60)
     assert grid.crop((0, 60, 60, 94)).getextrema() != ((255, 255),) * 3
     assert grid.crop((60, 0, 120, 94)).getextrema() == ((255, 255),) * 3
+
+
+def test_captions_of_other_scripts_are_legible() -> None:
+    """Letters that the font does not have would all be the same box."""
+    pages = [
+        captioned_grid([Image.new("RGB", (40, 40))], [text], columns=1, side=80).tobytes()
+        for text in ("я", "ж")
+    ]
+    assert pages[0] != pages[1]

@@ -45,6 +45,8 @@ def test_a_file_opens_with_what_it_reproduces_what_it_costs_and_its_command(name
         ("size=${sise}", "sise"),
         ("max_steps=???", "max_steps must be given"),
         ("max_steps=[", "max_steps"),
+        ("train_urls=a", "train_urls is not read by the data of quickstart/stage3; data=mixture"),
+        ("data_root=a", "data=imagenet or data=journeydb"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_key(override: str, message: str) -> None:
@@ -154,3 +156,12 @@ def test_a_model_folder_is_found_by_path_and_by_a_shipped_model_s_name(tmp_path)
 def test_validation_comes_every_so_many_steps_whatever_is_accumulated() -> None:
     trainer = load_config("generator/pretrain_256", ["val_every=7", "accumulate=3"]).trainer
     assert trainer.val_check_interval == 21  # Lightning counts batches
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [("finetune/generator", "sampler=paper"), ("finetune/lora", "sampler=paper")],
+)
+def test_a_part_of_what_is_fine_tuned_cannot_be_chosen(name: str, override: str) -> None:
+    with pytest.raises(ConfigError, match="takes its sampler from|has no choice of sampler"):
+        load_config(name, ["init_from=mini", "data_root=x", override])

@@ -110,10 +110,10 @@ def test_a_dry_run_of_archives_that_begin_with_an_empty_one_looks_at_the_next(
     (folder / "a.tar").write_bytes(tar_bytes([]))
     more = ["--exp=data/build", "source=webdataset", f"in={folder}", f"out={tmp_path / 'out'}"]
     assert main([*more, "--dry-run"]) == 3
-    assert "holds nothing to build from: 1 units, no picture" in capsys.readouterr().err
+    assert "holds nothing to build from: 1 unit, no picture" in capsys.readouterr().err
     (folder / "b.tar").write_bytes(tar_bytes([("1.jpg", picture(1)), ("1.txt", b"words")]))
     assert main([*more, "--dry-run"]) == 0
-    assert "of the first 1 pictures 1 are kept" in capsys.readouterr().out
+    assert "of the first 1 picture 1 are kept" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_nothing_says_so(tmp_path: Path, capsys) -> None:
@@ -260,3 +260,11 @@ def test_a_killed_worker_ends_the_build_with_its_name_and_exit_3(large: Path, tm
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3
     assert f"process {victim.pid} ended with SIGKILL" in output and "Traceback" not in output
+
+
+def test_archives_are_not_written_where_they_would_be_read(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(tar_bytes([("1.jpg", picture(1)), ("1.txt", b"a")]))
+    given = ["--exp=data/build", f"in={tmp_path}/in", f"out={tmp_path}/in/clean"]
+    assert main([*given, "source=webdataset"]) == 2
+    assert "lies within the folder that is read" in capsys.readouterr().err

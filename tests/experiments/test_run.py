@@ -29,6 +29,13 @@ from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
         (["--exp=smoke/stage1", "+module.colour=a"], 2, "colour"),
         (["--exp=smoke/stage1", "data.train.urls=nowhere/*.tar", "outputs=no"], 3, "nowhere"),
         (["--exp=sample", "ckpt=nowhere", "prompt=x"], 2, "ckpt=nowhere"),
+        (["--exp=sample", "--ckpt=nowhere", "prompt=x"], 2, "did you mean ckpt=nowhere?"),
+        (["--exp=data/stats", "--ckpt=a", "in=b"], 2, "--ckpt=a is for trainings"),
+        (["--exp=quickstart", "--ckpt=best"], 2, "from its own last checkpoint"),
+        (["--exp=sample", "prompt=null"], 2, "prompt=null: give a text"),
+        (["--exp=sample", "prompt=x", "device=gpu"], 2, "device=gpu: "),
+        (["--exp=sample", "prompt=x", "seed=null"], 2, "seed=None must be at least 0"),
+        (["--exp=sample", "prompt=x", "out=/dev/null/x.png", "steps=1"], 3, "/dev/null"),
     ],
 )
 def test_bad_input_gives_its_exit_code_and_one_line(

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dcar.errors import CheckpointError
 from dcar.models.checkpoints import model_folder, save_model
+from experiments.config import ConfigError
 from experiments.run import main
 from experiments.sample import find_folder, find_model, output_paths, read_prompts
 from tests.toys import SIZE, toy_model
@@ -105,3 +106,18 @@ def test_a_shipped_model_s_name_is_that_model_whatever_was_trained_since(tmp_pat
 def test_several_images_are_numbered_beside_the_grid() -> None:
     assert [p.name for p in output_paths("x/a.png", 2)] == ["a-000.png", "a-001.png"]
     assert output_paths("x/a.png", 1) == [Path("x/a.png")]
+
+
+def test_a_file_of_prompts_may_begin_with_a_mark_and_must_be_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\n".encode())
+    assert read_prompts(str(tmp_path / "a.txt")) == ["a cat"]
+    (tmp_path / "b.txt").write_bytes("a cat".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"b\.txt is no UTF-8 text"):
+        read_prompts(str(tmp_path / "b.txt"))
+
+
+def test_a_prompt_that_is_read_in_part_is_said(folder: Path, tmp_path: Path, capsys) -> None:
+    given = ["--exp=sample", f"ckpt={folder}", f"out={tmp_path}/a.png", "steps=1"]
+    assert main([*given, "prompt=a cat"]) == 0 and capsys.readouterr().err == ""
+    assert main([*given, f"prompt={'a cat ' * 9}"]) == 0
+    assert "only the first 16 tokens are read of: a cat a cat" in capsys.readouterr().err

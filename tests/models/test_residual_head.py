@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from dcar.models.diffusion import noise_schedule
-from dcar.models.draws import Draws
+from dcar.models.draws import Draws, RowDraws
 from dcar.models.noise import ImageNoise
 from dcar.models.residual_head import (
     BaseResidualHead,
     FlowResidualHead,
     ResidualHead,
-    _RowDraws,
 )
 
 HEADS = pytest.mark.parametrize("kind", [ResidualHead, FlowResidualHead])
@@ -275,7 +274,7 @@ def test_a_loss_of_many_repeats_is_the_mean_of_single_ones(kind: type) -> None:
 
 
 def test_each_repeat_of_a_position_has_noise_of_its_own() -> None:
-    draws = _RowDraws(Draws(0), batch=2, tokens=3, repeats=4)
+    draws = RowDraws(Draws(0), batch=2, tokens=3, repeats=4)
     for drawn in (draws.randn(5), draws.rand()[:, None], draws.randint(10**6)[:, None]):
         assert len(drawn.unique(dim=0)) == 2 * 3 * 4
 

@@ -272,3 +272,13 @@ def test_embeddings_start_with_the_spread_that_is_asked_for() -> None:
     assert encoder.words is not None
     for embedded in (encoder.model.embed_tokens.weight, encoder.words(ids)):
         assert float(embedded.std()) == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_caption_is_known_to_be_cut(folder: str) -> None:
+    """By what is read of it: only the words that count change the embeddings."""
+    for encoder in (byte_encoder(), T5TextEncoder(folder, max_tokens=12)):
+        room = next(n for n in range(1, 99) if encoder.cuts("a" * n)) - 1
+        whole, longer = (encoder(["a" * (room - 1) + end])[0] for end in ("b", "c"))
+        assert not torch.equal(whole, longer)
+        cut, other = (encoder(["a" * room + end])[0] for end in ("b", "c"))
+        assert torch.equal(cut, other) and encoder.cuts("a" * room + "b")
