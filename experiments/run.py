@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from hydra.utils import get_method
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dcar.errors import CheckpointError, DataError, Interrupted, LostRankError, NonFiniteError
 from experiments.config import ConfigError, experiment_names, first_comment, load_config
@@ -35,6 +35,10 @@ EXIT_CODES: dict[type[BaseException], int] = {
     TypeError: USAGE,
     DataError: DATA,
     FileNotFoundError: DATA,
+    FileExistsError: DATA,
+    PermissionError: DATA,
+    NotADirectoryError: DATA,
+    IsADirectoryError: DATA,
     NonFiniteError: NON_FINITE,
     LostRankError: LOST,
 }
@@ -78,8 +82,24 @@ def run(arguments: Sequence[str]) -> None:
     config = load_config(options.exp, options.overrides)
     if options.print_config:
         return print(OmegaConf.to_yaml(config, resolve=True), end="")
+    check_ckpt(config, options.ckpt)
     task = get_method(config.task)
     task(config, RunOptions(ckpt=options.ckpt, dry_run=options.dry_run))
+
+
+def check_ckpt(config: DictConfig, ckpt: str | None) -> None:
+    """Raises ConfigError where nothing would go on from the checkpoint."""
+    if ckpt is None or "keep_checkpoints" in config:  # a training
+        return
+    if "recipe" in config:
+        if ckpt == "auto":
+            return
+        raise ConfigError(
+            f"--ckpt={ckpt}: each training of exp={config.exp} goes on from its own last "
+            "checkpoint, without being told"
+        )
+    hint = f"; did you mean ckpt={ckpt}?" if "ckpt" in config else ""
+    raise ConfigError(f"--ckpt={ckpt} is for trainings, and exp={config.exp} is none{hint}")
 
 
 NOTICES = (
