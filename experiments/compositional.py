@@ -236,12 +236,11 @@ def side_by_side(
 ) -> Image.Image:
     """The first single drawings: true, by the codes alone, with the residual; a row each."""
     rows = [row for group in PAIRS for row in rows_of(asked, group)[:4]]
-    shown = [(source, row) for source in ("real", "discrete", "hybrid") for row in rows]
-    return captioned_grid(
-        [pictures[source][row] for source, row in shown],
-        [f"{source}: {asked[row].caption}" for source, row in shown],
-        columns=len(rows),
-    )
+    names = [asked[row].caption for row in rows]
+    for path in ("codes alone", "codes and residual"):
+        names += [path] * len(rows)
+    shown = [pictures[source][row] for source in ("real", "discrete", "hybrid") for row in rows]
+    return captioned_grid(shown, names, columns=len(rows))
 
 
 def rows_of(asked: Sequence[Asked], group: str) -> list[int]:
