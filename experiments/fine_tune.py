@@ -80,19 +80,26 @@ def last_checkpoint(config: DictConfig) -> Path:
     return Path(config.output_dir) / "checkpoints" / "last.ckpt"
 
 
+def start_from_base(config: DictConfig) -> Path:
+    """Complete the configuration by what is fine-tuned, and tell where that is."""
+    if config.tokenizer_from is not None:
+        raise ConfigError(f"tokenizer_from={config.tokenizer_from}: the base's own is used")
+    base = find_base(config.init_from, config.outputs)
+    take_from(config, base.config, BASE_PARTS)
+    config.generator.transformer.checkpoint_activations = config.checkpoint_activations
+    path = find(config.init_from, config.outputs, models_first=True)
+    saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
+    config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
+    config.init_from = str(path)
+    return path
+
+
 def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Train all weights of a finished generator further, then write `model`.
 
     Returns the last logged metrics by name. Raises CheckpointError for a base that cannot be used.
     """
-    if config.tokenizer_from is not None:
-        raise ConfigError(f"tokenizer_from={config.tokenizer_from}: the base's own is used")
-    base = find_base(config.init_from, config.outputs)
-    take_from(config, base.config, BASE_PARTS)
-    path = find(config.init_from, config.outputs, models_first=True)
-    saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
-    config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
-    config.init_from = str(path)
+    path = start_from_base(config)
     metrics = train(config, options)
     if not options.dry_run:
         rank_zero_info(f"{Path(config.output_dir) / 'model'}: all weights of {path}, fine-tuned")

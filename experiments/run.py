@@ -5,8 +5,8 @@
     --dry-run                   build everything, take one step, write no files
     --ckpt last|best|auto|PATH  continue from a checkpoint; auto starts fresh where there is none
 
-Exit codes: 0 done, 1 a lost process or a bug, 2 usage or configuration, 3 data or a file, 4 non-finite
-training, 130 and 143 signals.
+Exit codes: 0 done, 1 a lost process or a bug, 2 usage or configuration, 3 data or a file, 4
+non-finite training, 130 and 143 signals.
 """
 
 import argparse

@@ -51,7 +51,7 @@ class TokenizerModule(BaseModule):
     trainable: parts of the tokenizer that move.
     init_from: checkpoint of the stage before.
     kmeans_vectors: codebook from k-means on so many latents before the first step, 0 for none.
-    fid_features: extractor of rFID, or None for a validation without it.
+    metrics, val_names: what makes the figures of a validation set; names of these sets, in order.
     """
 
     network: HybridTokenizer

@@ -23,7 +23,7 @@ from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
 from dcar.models.weights_io import SHIPPED
 from experiments.components import build
 from experiments.config import load_config
-from experiments.fine_tune import find_base, find_tokenizer
+from experiments.fine_tune import find_base, find_tokenizer, start_from_base
 from experiments.lineage import find
 from experiments.run import RunOptions, main
 from experiments.train import build_trainer
@@ -277,13 +277,16 @@ def test_a_stage_1_checkpoint_has_no_tokens_to_keep(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["lora", "decoder"])
+@pytest.mark.parametrize("task", ["generator", "lora", "decoder"])
 def test_switches_of_memory_and_speed_are_the_run_s_own(task: str, base: Path) -> None:
     """The base was saved without them."""
     switches = ["checkpoint_activations=true", "compile=aot_eager"]
     given = [f"init_from={base}", "train_urls=x", "val_urls=x", f"size={SIZE}"]
-    module = build(load_config(f"finetune/{task}", [*given, *switches]).module)
-    network = module.generator if task == "lora" else module.network
+    config = load_config(f"finetune/{task}", [*given, *switches])
+    if task == "generator":
+        start_from_base(config)
+    module = build(config.module)
+    network = module.network if task == "decoder" else module.generator
     switched = [part.checkpoint_activations for part in network.modules() if has_switch(part)]
     assert switched and all(switched) and module.backend == "aot_eager"
 
