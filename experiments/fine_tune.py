@@ -86,7 +86,8 @@ def start_from_base(config: DictConfig) -> Path:
         raise ConfigError(f"tokenizer_from={config.tokenizer_from}: the base's own is used")
     base = find_base(config.init_from, config.outputs)
     take_from(config, base.config, BASE_PARTS)
-    config.generator.transformer.checkpoint_activations = config.checkpoint_activations
+    key = "generator.transformer.checkpoint_activations"  # of the run; the base may lack it
+    OmegaConf.update(config, key, config.checkpoint_activations, force_add=True)
     path = find(config.init_from, config.outputs, models_first=True)
     saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
     config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
