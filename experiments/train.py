@@ -15,6 +15,7 @@ from dcar.lit.base import BaseModule
 from dcar.lit.callbacks import ConfigText
 from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.generator import MaskedARGenerator
+from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.lineage import model_lineage
 from dcar.lit.precision import is_on_cpu, precision_plugin
 from dcar.lit.sharding import is_sharded
@@ -58,6 +59,7 @@ def build_trainer(
         settings.pop("precision")
         plugins.append(plugin)
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
+    callbacks.sort(key=lambda one: isinstance(one, LastCheckpoint))  # it may end the run: last
     for callback in callbacks:
         if isinstance(callback, ConfigText):
             callback.text = OmegaConf.to_yaml(config, resolve=True)

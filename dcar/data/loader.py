@@ -18,6 +18,8 @@ from dcar.errors import DataError
 
 log = logging.getLogger(__name__)
 
+GRACE = 30  # seconds
+
 
 @contextmanager
 def child_signals_left_alone() -> Iterator[None]:
@@ -33,6 +35,19 @@ def child_signals_left_alone() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def outlive_signals(worker: int) -> None:
+    """Ctrl-C, SLURM's warning and SIGTERM may reach every process of a job; the main one decides.
+
+    It needs more batches where a step in progress takes several. A worker that is told to end has
+    half a minute left.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def death_of_worker(error: RuntimeError) -> DataError | None:
@@ -65,6 +80,8 @@ class ShardLoader(DataLoader):
     def __init__(self, stream: ShardStream, *, num_workers: int = 0, **options: Any):
         if stream.cache and num_workers > 0:
             raise ValueError(f"cache keeps images in this process: num_workers {num_workers} not 0")
+        if num_workers > 0:
+            options = {"worker_init_fn": outlive_signals, **options}
         super().__init__(stream, batch_size=None, num_workers=num_workers, **options)
         self.stream = stream
         self._epoch, self._resumed = 0, False

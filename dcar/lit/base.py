@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dcar.data.batches import in_unit_range
@@ -12,7 +13,7 @@ from dcar.errors import CheckpointError
 from dcar.lit.compilation import compile_backend, compile_parts
 from dcar.lit.lineage import utc_now
 from dcar.lit.sharding import is_sharded, shard_network, whole_state
-from dcar.lit.stepping import SteppingModule, parameter_groups
+from dcar.lit.stepping import SteppingModule, parameter_groups, take_settings
 from dcar.models.checkpoints import load_strictly, read_checkpoint
 from dcar.models.draws import Draws
 
@@ -135,9 +136,13 @@ class BaseModule(SteppingModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises CheckpointError where an optimizer with other groups wrote the checkpoint."""
-        for part, saved in zip(
-            self.optimized(), checkpoint.get("optimizer_states", []), strict=False
+        """Settings of the optimizers are this run's, not the checkpoint's.
+
+        Raises CheckpointError where an optimizer with other groups wrote the checkpoint.
+        """
+        schedules = checkpoint.get("lr_schedulers", [])
+        for index, (part, saved) in enumerate(
+            zip(self.optimized(), checkpoint.get("optimizer_states", []), strict=False)
         ):
             mine = self.optimizer_partial(parameter_groups(part))
             ours, theirs = (
@@ -149,4 +154,7 @@ class BaseModule(SteppingModule):
                     f"the checkpoint's optimizer has groups of {theirs} parameters, "
                     f"{type(mine).__name__} of {ours}: give the optimizer= that the run began with"
                 )
+            schedule = schedules[index] if index < len(schedules) else {}
+            for change in take_settings(mine.param_groups, saved["param_groups"], schedule):
+                rank_zero_info(f"from here on with {change}")
         self.guard.load_state_dict(checkpoint["dcar"]["guard"])

@@ -184,7 +184,11 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.position is not None:
-            checkpoint["loops"]["fit_loop"]["state_dict"].update(self.position)
+            loops = checkpoint["loops"]["fit_loop"]
+            loops["state_dict"].update(self.position)
+            for counts in loops["epoch_loop.batch_progress"].values():
+                if isinstance(counts, dict):
+                    counts["ready"] = counts["started"]  # but for the batch that was read ahead
 
     def _stop_if_told(self, trainer: Trainer) -> None:
         assert self.ranks is not None

@@ -34,6 +34,10 @@ class Losses:
     terms: dict[str, Tensor]  # scalars
 
 
+# Of optimizers, beside the learning rate, which a schedule moves.
+SETTINGS = ("weight_decay", "betas", "momentum", "eps")
+
+
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """Named trainable parameters, decayed where they have two axes or more, each exactly once."""
     named = {id(p): (name, p) for m in modules for name, p in m.named_parameters()}.values()
@@ -43,6 +47,31 @@ def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
         {"params": [(name, p) for name, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def take_settings(
+    given: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], schedule: dict[str, Any]
+) -> list[str]:
+    """Write settings of optimizer groups over those of a checkpoint, and tell what has changed.
+
+    schedule: the saved state of the groups' schedule, which goes on where it was.
+    """
+    changes = []
+    for row, (mine, theirs) in enumerate(zip(given, saved, strict=True)):
+        for name in SETTINGS:
+            if name in mine and name in theirs and theirs[name] != mine[name]:
+                changes.append(f"{name}={mine[name]}, after {theirs[name]}")
+                theirs[name] = mine[name]
+        before = theirs.get("initial_lr", theirs["lr"])
+        if before == mine["lr"]:
+            continue
+        changes.append(f"a learning rate of {mine['lr']:g} at its peak, after {before:g}")
+        theirs["lr"] *= mine["lr"] / before
+        theirs["initial_lr"] = mine["lr"]
+        for name, value in (("base_lrs", mine["lr"]), ("_last_lr", theirs["lr"])):
+            if name in schedule:
+                schedule[name][row] = value
+    return list(dict.fromkeys(changes))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

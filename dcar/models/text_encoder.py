@@ -56,6 +56,15 @@ def word_starts(ids: Tensor) -> Tensor:
     return (~inside & after_inside) | (ids == END)
 
 
+def _word_of_byte(ids: Tensor) -> Tensor:
+    """(B, L), from 0 on; whatever the first byte is, it is in word 0."""
+    return F.pad(word_starts(ids)[:, 1:].cumsum(1), (1, 0))
+
+
+def _most_words(ids: Tensor, mask: Tensor) -> int:
+    return int(_word_of_byte(ids).masked_fill(~mask, 0).max()) + 1
+
+
 class NgramEmbedding(nn.Module):
     """Adds to each byte what the n bytes that end there spell (arXiv 2412.09871, section 3.2.1).
 
@@ -160,26 +169,29 @@ class ByteT5TextEncoder(nn.Module):
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         _check_captions(captions)
-        ids, mask = (part.to(self.model.device) for part in byte_ids(captions, self.max_tokens))
+        ids, mask = byte_ids(captions, self.max_tokens)
+        words = _most_words(ids, mask) if self.pool_words else 0  # here: a GPU would be waited for
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         with without_half(ids):  # T5's feed-forward layers leave the range of fp16
             embedded = self.model.embed_tokens(ids)  # (B, L, E)
             if self.words is not None:
                 embedded = embedded + self.words(ids)
             if self.pool_words:
-                embedded, mask = self._pool_words(embedded, ids, mask)
+                embedded, mask = self._pool_words(embedded, ids, mask, words)
             hidden = self.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         return hidden, mask
 
-    def _pool_words(self, embedded: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _pool_words(
+        self, embedded: Tensor, ids: Tensor, mask: Tensor, most: int
+    ) -> tuple[Tensor, Tensor]:
         """Bytes (B, L, E) and mask (B, L) to words (B, W, E) and (B, W): sums over root of length.
 
-        A product of matrices, since sums over indices have no fixed order on a GPU.
+        A product of matrices, since sums over indices have no fixed order on a GPU. most: words of
+        the caption that has most.
         """
-        starts = word_starts(ids)
-        word = starts[:, 1:].cumsum(1)
-        word = F.pad(word, (1, 0))  # (B, L); whatever the first byte is, it is in word 0
+        word = _word_of_byte(ids)
         counts = word.masked_fill(~mask, 0).amax(1) + 1  # (B,)
-        columns = _padded_length(int(counts.max()), self.max_tokens)
+        columns = _padded_length(most, self.max_tokens)
         column = torch.arange(columns, device=ids.device)
         members = (word[:, None] == column[:, None]) & mask[:, None]  # (B, W, L)
         weights = members / members.sum(2, keepdim=True).clamp(min=1).sqrt()

@@ -221,3 +221,31 @@ def test_a_longer_run_that_did_not_come_to_its_end_is_not_taken_for_finished(
         main([*command, "max_steps=2", "--ckpt=auto", fault])
     config = load_config("smoke/stage1", [*command[1:], "max_steps=2"])
     assert not finished(folder / "checkpoints/last.ckpt", config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_the_step(
+    signum: int, code: int, tmp_path: Path
+) -> None:
+    """As a terminal and SLURM send it; the step in progress still needs most of its batches."""
+    command = [sys.executable, "-m", "experiments.run", "--exp=smoke/stage1"]
+    overrides = ["max_steps=1000000", "val_every=1000000", "save_every=1", "accumulate=40"]
+    data = ["data.num_workers=2", "data.train.cache=false", "data.val.val.cache=false"]
+    process = subprocess.Popen(
+        [*command, *overrides, *data, f"outputs={tmp_path}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    last = tmp_path / "smoke/stage1/checkpoints/last.ckpt"
+    try:
+        wait_for(last.exists, process)  # the first step is taken
+        os.killpg(process.pid, signum)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code and "the same command goes on" in errors, errors[-2000:]
+    assert torch.load(last, weights_only=True)["global_step"] >= 2

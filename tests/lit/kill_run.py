@@ -191,6 +191,7 @@ def ranks(folder: Path, event: str) -> dict:
         saved = read_checkpoint(path)
         loop = saved["loops"]["fit_loop"]["state_dict"]
         found |= {"step": saved["global_step"], "position": loop["combined_loader"]}
+        found["batches"] = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
         found["ranks"] = len(saved["random_states"])
     return found
 

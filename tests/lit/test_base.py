@@ -1,6 +1,8 @@
 """What trainings share beside their steps: frozen parts, weights from another run, draws."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import nn
 
 from dcar.errors import CheckpointError
 from dcar.lit.base import train_only
+from dcar.lit.last_checkpoint import LastCheckpoint
+from dcar.lit.schedules import warmup_cosine
 from dcar.models.quantizer import VectorQuantizer
 from tests.toys import (
     CODES,
@@ -82,3 +86,23 @@ def test_a_validation_set_without_a_name_is_refused_before_the_first_step(make) 
         ValueError, match="\\['val', 'heldout'\\], and module.val_names \\['val'\\]"
     ):
         toy_trainer(1).fit(make(), datamodule=data)
+
+
+def test_settings_of_the_optimizer_are_those_that_the_resumed_run_is_given(tmp_path: Path) -> None:
+    """Its schedule goes on where it was, to the new peak."""
+
+    def run(steps: int, rate: float, decay: float, ckpt: Path | None = None) -> dict[str, Any]:
+        module = toy_stage(
+            1,
+            optimizer=partial(torch.optim.AdamW, lr=rate, weight_decay=decay),
+            schedule=partial(warmup_cosine, warmup_steps=2, total_steps=10),
+        )
+        trainer = toy_trainer(steps, callbacks=[LastCheckpoint(folder=tmp_path, every_steps=4)])
+        trainer.fit(module, datamodule=ToyData(), ckpt_path=ckpt)
+        return trainer.optimizers[0].param_groups[0]
+
+    fresh = run(6, 1e-3, 0.5)
+    run(4, 1e-2, 0.1)
+    resumed = run(6, 1e-3, 0.5, tmp_path / "last.ckpt")
+    assert resumed["lr"] == pytest.approx(fresh["lr"], rel=1e-6)
+    assert resumed["weight_decay"] == 0.5 and resumed["initial_lr"] == 1e-3

@@ -174,6 +174,7 @@ def test_what_ends_one_of_two_processes_ends_both_with_a_checkpoint_and_the_righ
     # the first process had read the fourth batch, which the second could not: nobody trained on it
     assert found["data"]["codes"] == [3, 3] and found["data"]["step"] == 3
     assert found["data"]["position"] == [{"position": 3}]
+    assert found["data"]["batches"]["ready"] == found["data"]["batches"]["started"] == 3
     assert found["disk"]["codes"] == [2, 2] and "step" not in found["disk"]
     assert found["terminate"]["ranks"] == found["data"]["ranks"] == 2
     assert all(event["seconds"] < 60 for event in found.values())
