@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--without-torch", action="store_true")
     options = parser.parse_args()
-    config = load_config(options.exp, ["optimizer=muon", "data_root=none"])
+    config = load_config(options.exp, ["optimizer=muon"])
     trained = {"generator": build(config.generator)}
     if (text_encoder := build(config.text_encoder)).trainable:
         trained["text_encoder"] = text_encoder

@@ -246,7 +246,8 @@ def _check_use(name: str, config: DictConfig, overrides: Sequence[str]) -> None:
             readers = [c for c in choices if _reads((CONFIGS / f"data/{c}.yaml").read_text(), key)]
             hint = " or data=".join(readers)
             raise ConfigError(f"{key} is not read by the data of {name}; data={hint} reads it")
-        if (CONFIGS / key).is_dir() and value != "null" and config.get(key, "") is None:
+        part = key.partition("/")[0]
+        if (CONFIGS / key).is_dir() and value != "null" and config.get(part, "") is None:
             raise ConfigError(f"{key}={value}: {name} takes its {key} from what it starts from")
 
 

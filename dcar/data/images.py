@@ -13,11 +13,10 @@ from PIL import ExifTags, Image
 
 try:
     import simplejpeg
-except ImportError:  # slower, same pixels
+except ImportError:  # slower, and less strict with damaged JPEGs
     simplejpeg = None
 
 MAX_PIXELS = 64 * 2**20
-HARMLESS = "extraneous bytes"  # between parts of a JPEG, where no pixel is lost
 REDUCED_AT_LEAST = 2.0  # a reduced JPEG stays this many times larger than what is wanted of it
 _READABLE = ("WEBP", "PNG", "JPEG")
 _TURNS = {  # EXIF orientation -> what makes the picture upright
@@ -88,7 +87,8 @@ def read_pixels(
 
     shorter: the caller will shrink the picture to this shorter edge, so it may come at 1/2, 1/4 or
     1/8 of its size (see `decode`). Raises what `read_image` raises. Stricter in one point: a JPEG
-    that ends early inside, which Pillow fills with grey, is broken.
+    of which the decoder warns is broken. Pillow fills one that ends early with grey, and takes what
+    follows flipped bits, or stray bytes, for pixels.
     """
     cover = (shorter, shorter) if shorter else None
     return decode(data, cover=cover, max_pixels=max_pixels).pixels
@@ -107,14 +107,10 @@ def decode(data: bytes, *, cover: tuple[int, int] | None, max_pixels: int = MAX_
         if _is_plain_jpeg(data, image):
             reduction = _reduction(height, width, cover) if cover else 1
             rows, columns = -(-height // reduction), -(-width // reduction)
-            try:  # strict: a warning of the decoder is an error
-                pixels = simplejpeg.decode_jpeg(
-                    data, min_height=rows, min_width=columns, min_factor=reduction
-                )
-                return Decoded(pixels, height, width, reduction)
-            except ValueError as error:
-                if HARMLESS not in str(error):
-                    raise
+            pixels = simplejpeg.decode_jpeg(  # strict: a warning of the decoder is an error
+                data, min_height=rows, min_width=columns, min_factor=reduction
+            )
+            return Decoded(pixels, height, width, reduction)
         image.load()
         pixels = np.array(to_rgb(image))  # a copy, since PIL's own memory is read-only
         return Decoded(pixels, *pixels.shape[:2])

@@ -41,13 +41,18 @@ def outlive_signals(worker: int) -> None:
     """Ctrl-C, SLURM's warning and SIGTERM may reach every process of a job; the main one decides.
 
     It needs more batches where a step in progress takes several. A worker that is told to end has
-    half a minute left.
+    half a minute left, and no time where it is told again.
     """
+
+    def end_soon(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(GRACE)
+
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+        signal.signal(signal.SIGTERM, end_soon)
 
 
 def death_of_worker(error: RuntimeError) -> DataError | None:

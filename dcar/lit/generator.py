@@ -125,7 +125,7 @@ class MaskedARGenerator(BaseModule):
         self.val_names = tuple(val_names)
         self._split = "train"  # the set of the batch at hand
         self._neighbour: tuple[Tensor, Tensor] | None = None  # text and mask of the last caption
-        self._fid_batch = 0  # images of a whole validation batch
+        self._drawn = 0  # images for FID, here and in this validation
         self.metrics = Frozen(metrics()) if fid_images else None
         head = generator.residual_head
         self.token_splits: set[str] = set()  # those whose tokens have facts
@@ -241,9 +241,9 @@ class MaskedARGenerator(BaseModule):
 
     def _tokenize(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         image = batch["image"]
-        keys = [f"{self._split}/{key}" for key in batch["key"]]
         if self.cache is None:
             return self._encode(image)
+        keys = [f"{self._split}/{key}" for key in batch["key"]]
         if rows := self.cache.missing(keys):
             self.cache.put([keys[row] for row in rows], *self._encode(image[rows]))
         return self.cache.get(keys, image.device)
@@ -266,7 +266,7 @@ class MaskedARGenerator(BaseModule):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self._neighbour = None
+        self._neighbour, self._drawn = None, 0
 
     def validation_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
@@ -294,7 +294,7 @@ class MaskedARGenerator(BaseModule):
                 prog_bar=key == "token",
             )
         if dataloader_idx == 0:
-            self._update_fid(batch, text, text_mask, batch_idx)
+            self._update_fid(batch, text, text_mask)
 
     def _validation_losses(
         self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
@@ -304,17 +304,16 @@ class MaskedARGenerator(BaseModule):
             batch["ids"], batch["residual"], text, text_mask, draws, caption_drop=0.0
         )
 
-    def _update_fid(
-        self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
-    ) -> None:
-        if batch_idx == 0:  # the last batch may be smaller
-            self._fid_batch = len(text)
-        seen = batch_idx * self._fid_batch * self.trainer.world_size
-        if self.metrics is None or seen >= self.fid_images or self.trainer.sanity_checking:
+    def _update_fid(self, batch: dict[str, Any], text: Tensor, text_mask: Tensor) -> None:
+        """Draw so many of the batch that all ranks together come to `fid_images`, a seed each."""
+        world = self.trainer.world_size
+        count = min(len(text), -(-self.fid_images // world) - self._drawn)
+        if self.metrics is None or count <= 0 or self.trainer.sanity_checking:
             return
-        first = seen + self.global_rank * self._fid_batch
-        tokens = self.sample(text, text_mask, seeds=range(first, first + len(text)))
-        self.metrics.module.update_real(batch["image"])
+        seeds = [self.global_rank + world * (self._drawn + row) for row in range(count)]
+        self._drawn += count
+        tokens = self.sample(text[:count], text_mask[:count], seeds=seeds)
+        self.metrics.module.update_real(batch["image"][:count])
         self.metrics.module.update_fake(self.decode(tokens))
 
     def on_validation_epoch_end(self) -> None:

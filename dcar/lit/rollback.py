@@ -43,11 +43,11 @@ def roll_back(trainer: Trainer, module: Any) -> None:
         )
     trainer.strategy.load_model_state_dict(checkpoint, strict=True)
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     trainer.strategy.load_optimizer_state_dict(checkpoint)
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
+    for group, settings in zip(groups, kept, strict=True):
+        group.update(settings)
     for callback in callbacks:
         if isinstance(callback, AverageWeights):
             callback.on_load_checkpoint(trainer, module, checkpoint)

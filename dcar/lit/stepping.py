@@ -66,7 +66,7 @@ def take_settings(
         if before == mine["lr"]:
             continue
         changes.append(f"a learning rate of {mine['lr']:g} at its peak, after {before:g}")
-        theirs["lr"] *= mine["lr"] / before
+        theirs["lr"] = theirs["lr"] * mine["lr"] / before if before else mine["lr"]
         theirs["initial_lr"] = mine["lr"]
         for name, value in (("base_lrs", mine["lr"]), ("_last_lr", theirs["lr"])):
             if name in schedule:

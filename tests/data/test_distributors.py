@@ -101,7 +101,6 @@ def test_closing_early_ends_tasks_that_run() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_run_waits_for_the_pool_s_thread_which_the_end_of_python_must_not_meet(
     monkeypatch,
 ) -> None:
@@ -116,6 +115,7 @@ def test_a_run_waits_for_the_pool_s_thread_which_the_end_of_python_must_not_meet
     assert set(threading.enumerate()) <= threads
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_main_process_that_is_killed(tmp_path: Path) -> None:
     code = (
         "from dcar.data.distributors import Processes\nfrom tests.tasks import write_then_sleep\n"

@@ -32,7 +32,7 @@ GROUPS = [p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if "experiment
 
 
 def load(name: str, *overrides: str):
-    given = ["data_root=x"] if "data_root" in _text(name) else []
+    given = ["data_root=x"] if "${data_root}" in _text(name) else []
     return load_config(name, [*GIVEN.get(name, []), *given, *overrides])
 
 
@@ -135,9 +135,12 @@ def test_captioned_data_are_swapped_by_one_word(choice: str, tmp_path: Path) -> 
     rows = [row(f"k{number:04d}") for number in range(40)]
     for split in ("journeydb-train", "journeydb-val", "own"):
         write_shards(rows, tmp_path, split, 40)
-    urls = [f"{key}={tmp_path}/own-*.tar" for key in ("train_urls", "val_urls")]
-    sizes = ["size=128", "batch_size=2", "data.num_workers=0", f"data_root={tmp_path}"]
-    config = load("smoke/pretrain_256", f"data={choice}", *urls, *sizes)
+    read = (CONFIGS / "data" / f"{choice}.yaml").read_text()
+    given = {key: f"{tmp_path}/own-*.tar" for key in ("train_urls", "val_urls")}
+    given["data_root"] = str(tmp_path)
+    places = [f"{key}={value}" for key, value in given.items() if f"${{{key}}}" in read]
+    sizes = ["size=128", "batch_size=2", "data.num_workers=0"]
+    config = load("smoke/pretrain_256", f"data={choice}", *places, *sizes)
     batch = next(iter(build(config.data).train_dataloader()))
     shape = (96, 160) if choice == "journeydb_buckets" else (128, 128)
     assert tuple(batch["image"].shape) == (2, 3, *shape)

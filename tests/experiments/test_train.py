@@ -248,4 +248,4 @@ def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_the_step(
     finally:
         process.kill()
     assert process.returncode == code and "the same command goes on" in errors, errors[-2000:]
-    assert torch.load(last, weights_only=True)["global_step"] >= 2
+    assert torch.load(last, weights_only=True)["global_step"] >= 1

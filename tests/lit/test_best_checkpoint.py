@@ -94,6 +94,9 @@ def test_a_best_of_another_run_counts_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "best.ckpt").rename(tmp_path / "b" / "best.ckpt")
     callback = BestCheckpoint(folder=tmp_path / "b", monitor="val/x", mode="min")
-    assert callback._own_record(tmp_path / "a" / "last.ckpt", 2) is None
-    assert callback._own_record(tmp_path / "b" / "last.ckpt", 2) is not None
-    assert callback._own_record(tmp_path / "b" / "last.ckpt", 1) is None  # it is of a later step
+    own, other = (tmp_path / name / "last.ckpt" for name in "ba")
+    assert callback._own_record(other, 2, {}) is None  # of another folder
+    assert callback._own_record(own, 2, {}) is not None
+    assert callback._own_record(own, 1, {}) is None  # of a later step
+    assert callback._own_record(own, 4, {}) is None  # of a run before this one
+    assert callback._own_record(own, 4, {"best_model_score": torch.tensor(1.0)}) is not None

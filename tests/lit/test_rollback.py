@@ -84,6 +84,22 @@ def test_the_count_of_steps_and_the_learning_rate_go_on(tmp_path: Path) -> None:
     assert seen["step"] == 4 and seen["rate"] == pytest.approx(1e-2 * 0.5**3)
 
 
+def test_settings_given_on_a_resume_outlive_a_rollback(tmp_path: Path) -> None:
+    """To the checkpoint that was resumed, which holds those of before."""
+
+    def run(steps: int, decay: float, ckpt: Path | None, *faults: Callback) -> Any:
+        optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=decay)
+        module = toy_module("1", guard=NonFiniteGuard(policy="rollback"), optimizer=optimizer)
+        callbacks = [*faults, LastCheckpoint(folder=tmp_path, every_steps=2, keep=9)]
+        trainer = precise_trainer(steps, "32-true", callbacks=callbacks)
+        trainer.fit(module, datamodule=ToyData(), ckpt_path=ckpt)
+        return trainer
+
+    run(2, 0.1, None)
+    trainer = run(3, 0.5, tmp_path / "last.ckpt", Poison("input", [2]))
+    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.5
+
+
 def test_an_average_of_a_bad_step_is_the_saved_one(tmp_path: Path) -> None:
     module = toy_module("1", guard=NonFiniteGuard(policy="rollback"))
     average = AverageWeights(decay=0.9)
