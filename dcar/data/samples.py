@@ -145,33 +145,20 @@ def is_text(words: str) -> bool:
 
 
 def read_caption(raw: Raw, *, required: bool) -> str:
-    """The `txt` member, else the entry "caption" of the `json` member.
-
-    Where no words are needed it is "" for whatever cannot be read as such.
-    """
-    try:
-        caption = _caption(raw)
-    except BadSample:
-        if required:
-            raise
-        return ""
-    if required and not caption:
-        raise BadSample("no caption")
-    return caption
-
-
-def _caption(raw: Raw) -> str:
+    """The `txt` member, else the entry "caption" of the `json` member; "" where none is needed."""
     text = raw.get("txt")
     try:
         if text is None and "json" in raw:
             described = json.loads(raw["json"])
             text = described.get("caption") if isinstance(described, dict) else None
+            if not (required or isinstance(text, str)):
+                return ""  # several captions, say, which nobody will read
         caption = text.decode() if isinstance(text, bytes) else (text or "")
     except UnicodeDecodeError as error:
         raise BadSample("caption is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise BadSample("broken json") from error
-    if not isinstance(caption, str):
+    if not isinstance(caption, str) or (required and not caption.strip()):
         raise BadSample("no caption")
     if not is_text(caption):
         raise BadSample("caption is not UTF-8")

@@ -36,10 +36,10 @@ def load(name: str, *overrides: str):
     return load_config(name, [*GIVEN.get(name, []), *given, *overrides])
 
 
-def _text(name: str) -> str:
+def _text(name: str, *overrides: str) -> str:
     from experiments.config import _compose
 
-    return OmegaConf.to_yaml(_compose(name, []))
+    return OmegaConf.to_yaml(_compose(name, list(overrides)))
 
 
 @pytest.mark.parametrize("name", experiment_names())
@@ -135,7 +135,7 @@ def test_captioned_data_are_swapped_by_one_word(choice: str, tmp_path: Path) -> 
     rows = [row(f"k{number:04d}") for number in range(40)]
     for split in ("journeydb-train", "journeydb-val", "own"):
         write_shards(rows, tmp_path, split, 40)
-    read = (CONFIGS / "data" / f"{choice}.yaml").read_text()
+    read = _text("smoke/pretrain_256", f"data={choice}")
     given = {key: f"{tmp_path}/own-*.tar" for key in ("train_urls", "val_urls")}
     given["data_root"] = str(tmp_path)
     places = [f"{key}={value}" for key, value in given.items() if f"${{{key}}}" in read]

@@ -37,7 +37,7 @@ def test_weights_are_stored_in_half_precision_and_say_what_they_are_made_of(
     assert export(folder, tmp_path / "out") == 0
     exported = DCARPipeline.from_pretrained(tmp_path / "out").model.generator.state_dict()
     for name, tensor in exported.items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.ndim:  # the residual's scale stays exact
             assert torch.equal(tensor.half().to(tensor.dtype), tensor), name
     lineage = json.loads((tmp_path / "out" / "config.json").read_text())["lineage"]
     assert lineage["parent"]["how"] == "exported" and lineage["exp"] == "toy"
