@@ -98,7 +98,8 @@ def check_ckpt(config: DictConfig, ckpt: str | None) -> None:
             f"--ckpt={ckpt}: each training of exp={config.exp} goes on from its own last "
             "checkpoint, without being told"
         )
-    hint = f"; did you mean ckpt={ckpt}?" if "ckpt" in config else ""
+    is_place = "ckpt" in config and ckpt not in ("last", "best", "auto")
+    hint = f"; did you mean ckpt={ckpt}?" if is_place else ""
     raise ConfigError(f"--ckpt={ckpt} is for trainings, and exp={config.exp} is none{hint}")
 
 

@@ -65,6 +65,18 @@ class StepProgressBar(RichProgressBar):
         self.shown, self.every_batches = tuple(shown), every_batches
         self.read: dict[str, float] = {}
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Of this epoch, those before a resumption counted in, as the bar counts them too."""
+        trainer: Any = self.trainer
+        if trainer.max_steps <= 0:
+            return super().total_train_batches
+        batches, accumulate = trainer.num_training_batches, trainer.lightning_module.accumulate
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        is_over = progress.completed >= batches  # the epoch before, when the next one begins
+        done = 0 if is_over else progress.processed - progress.processed % accumulate
+        return min(batches, done + (trainer.max_steps - trainer.global_step) * accumulate)
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         if trainer.training and trainer.fit_loop.total_batch_idx % self.every_batches == 0:
             logged = trainer.callback_metrics

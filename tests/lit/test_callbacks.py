@@ -18,6 +18,7 @@ from dcar.lit.callbacks import (
     Throughput,
     fitting,
 )
+from dcar.lit.last_checkpoint import LastCheckpoint
 from tests.shards import build, stream
 from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_text_encoder, toy_trainer
 
@@ -117,3 +118,22 @@ def test_grids_are_drawn_in_the_precision_of_the_training(tmp_path: Path) -> Non
     module = toy_masked_generator(text_encoder=encoder.bfloat16())
     shown = board(module, [SampleGrid(prompts=["a", "b"])], tmp_path, precision="bf16-mixed")
     assert len(shown.Images("val/samples")) == 2
+
+
+def test_the_bar_of_a_resumed_run_ends_where_the_epoch_or_the_steps_do(tmp_path: Path) -> None:
+    totals = []
+
+    class Spy(StepProgressBar):
+        def _add_task(self, total_batches, description, **more):
+            totals.append(total_batches)
+            return super()._add_task(total_batches, description, **more)
+
+    def run(steps: int, ckpt: Path | None = None) -> None:
+        callbacks = [Spy(), LastCheckpoint(folder=tmp_path, every_steps=100)]
+        trainer = toy_trainer(steps, callbacks=callbacks, enable_progress_bar=True)
+        trainer.fit(toy_stage(1), datamodule=ToyData(count=24), ckpt_path=ckpt)
+
+    run(3)
+    run(5, tmp_path / "last.ckpt")  # three batches of the epoch's six are done
+    run(8, tmp_path / "last.ckpt")
+    assert totals == [3, 5, 6]  # the bar of the last is used again for the next epoch
