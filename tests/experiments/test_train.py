@@ -140,21 +140,26 @@ def wait_for(found, process: subprocess.Popen, seconds: float = 120.0):
     raise AssertionError(f"nothing came; exit {process.poll()}")
 
 
-@pytest.mark.slow
-def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_no_process_left(
-    tmp_path: Path,
-) -> None:
-    command = [sys.executable, "-m", "experiments.run", "--exp=smoke/stage1"]
-    overrides = ["max_steps=1000000", "val_every=3", "save_every=1000000"]
+def endless(outputs: Path, *overrides: str) -> subprocess.Popen:
+    """A training of stage 1 with two data workers, in a process group of its own."""
+    command = [sys.executable, "-m", "experiments.run", "--exp=smoke/stage1", "max_steps=1000000"]
     data = ["data.num_workers=2", "data.train.cache=false", "data.val.val.cache=false"]
-    folder = tmp_path / "smoke/stage1/checkpoints"
-    process = subprocess.Popen(
-        [*command, *overrides, *data, f"outputs={tmp_path}"],
+    return subprocess.Popen(
+        [*command, *overrides, *data, f"outputs={outputs}"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_ends_the_run_with_a_checkpoint_and_no_process_left(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "smoke/stage1/checkpoints"
+    process = endless(tmp_path, "val_every=3", "save_every=1000000")
     try:
         itself = psutil.Process(process.pid)
 
@@ -229,17 +234,7 @@ def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_the_step(
     signum: int, code: int, tmp_path: Path
 ) -> None:
     """As a terminal and SLURM send it; the step in progress still needs most of its batches."""
-    command = [sys.executable, "-m", "experiments.run", "--exp=smoke/stage1"]
-    overrides = ["max_steps=1000000", "val_every=1000000", "save_every=1", "accumulate=40"]
-    data = ["data.num_workers=2", "data.train.cache=false", "data.val.val.cache=false"]
-    process = subprocess.Popen(
-        [*command, *overrides, *data, f"outputs={tmp_path}"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    process = endless(tmp_path, "val_every=1000000", "save_every=1", "accumulate=40")
     last = tmp_path / "smoke/stage1/checkpoints/last.ckpt"
     try:
         wait_for(last.exists, process)  # the first step is taken
