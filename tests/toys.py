@@ -81,10 +81,12 @@ def toy_tokenizer(norm: str = "bn2d", **quantizer: Any) -> HybridTokenizer:
     )
 
 
-def toy_generator(scale: float | None = 0.1, caption_drop: float = 0.1) -> HybridGenerator:
+def toy_generator(
+    scale: float | None = 0.1, caption_drop: float = 0.1, depth: int = 2
+) -> HybridGenerator:
     return HybridGenerator(
         transformer=MaskedTransformer(
-            num_codes=CODES, dim=16, depth=2, heads=2, text_dim=8, text_tokens=16, base_grid=4
+            num_codes=CODES, dim=16, depth=depth, heads=2, text_dim=8, text_tokens=16, base_grid=4
         ),
         residual_head=ResidualHead(
             channels=CHANNELS, dim=16, width=16, depth=1, scale=scale, sample_steps=4

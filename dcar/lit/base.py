@@ -1,7 +1,7 @@
 """What every training module shares beside its steps: random draws, weights, checkpoints."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,17 @@ class BaseModule(SteppingModule):
         return self.trainer.datamodule.preview_batches()  # type: ignore[attr-defined]
 
     def load_network(
-        self, path: str | Path, *, expected: tuple[str, ...], without: tuple[str, ...] = ()
+        self,
+        path: str | Path,
+        *,
+        expected: tuple[str, ...],
+        without: tuple[str, ...] = (),
+        adapt: Callable[..., dict[str, Tensor]] = dict,
     ) -> dict[str, Tensor]:
         """Start from the (averaged) network of a checkpoint that one of `expected` modules wrote.
 
         without: parts of the network that stay as they are here, whatever the checkpoint holds.
+        adapt: what makes this network's weights of the checkpoint's.
         Returns the checkpoint's whole state dict. Raises CheckpointError naming both modules where
         another one wrote it, and the differing keys where the architecture is another.
         """
@@ -119,7 +125,9 @@ class BaseModule(SteppingModule):
             )
         prefixes = tuple(f"{part}." for part in without)
         own = {k: v for k, v in self.network.state_dict().items() if k.startswith(prefixes)}
-        given = {k: v for k, v in checkpoint["network"].items() if not k.startswith(prefixes)}
+        given = {
+            k: v for k, v in adapt(checkpoint["network"]).items() if not k.startswith(prefixes)
+        }
         load_strictly(self.network, own | given, source=path)
         return checkpoint["state_dict"]
 

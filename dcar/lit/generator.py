@@ -3,7 +3,7 @@
 B batch, S image side, C latent channels, H W latent grid, L text length, E text width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from dcar.lit.frozen import Frozen
 from dcar.lit.precompute import check_tokens, describe_tokens
 from dcar.lit.stepping import Losses
 from dcar.models.checkpoints import Model, load_model, load_strictly, load_tokenizer
+from dcar.models.deepening import deepen as deepen_blocks
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
 from dcar.models.precision import without_autocast
@@ -79,6 +80,7 @@ class MaskedARGenerator(BaseModule):
     text_encoder: trained along where its `trainable` says so, else frozen.
     init_from: a checkpoint of this module, at any resolution (positions are computed), or a model
         folder.
+    deepen: `init_from` may have fewer blocks: copies that add nothing yet make up for the others.
     scale_batches: batches that measure the residual's standard deviation before the first step,
         at this resolution, unless the head was built with a scale.
     cache_tokens: tokenise each image of a set once; needs a transform without randomness, and keys
@@ -99,6 +101,7 @@ class MaskedARGenerator(BaseModule):
         sampler: SamplerSettings,
         size: int,
         init_from: str | Path | None = None,
+        deepen: bool = False,
         scale_batches: int = 32,
         cache_tokens: bool = False,
         fid_images: int = 0,
@@ -134,14 +137,17 @@ class MaskedARGenerator(BaseModule):
         if tokenizer_from is not None:
             _, self.tokenizer_module = load_tokenizer(tokenizer_from, into=tokenizer)
         if init_from is not None:
-            self._start_from(init_from)
+            self._start_from(init_from, self._deepened if deepen else dict)
 
-    def _start_from(self, path: str | Path) -> None:
+    def _deepened(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return deepen_blocks(state, len(self.generator.transformer.blocks))
+
+    def _start_from(self, path: str | Path, adapt: Callable[..., dict[str, Tensor]]) -> None:
         if not Path(path).is_dir():
-            self.load_network(path, expected=("MaskedARGenerator",))
+            self.load_network(path, expected=("MaskedARGenerator",), adapt=adapt)
             return
         model = load_model(path)
-        load_strictly(self.generator, model.generator.state_dict(), source=path)
+        load_strictly(self.generator, adapt(model.generator.state_dict()), source=path)
         if self.frozen_text is None:
             load_strictly(self.text_encoder, model.text_encoder.state_dict(), source=path)
 

@@ -15,6 +15,7 @@ from dcar.lit.averaging import AverageWeights
 from dcar.lit.datamodule import ShardDataModule
 from dcar.lit.generator import MaskedARGenerator, TokenCache
 from dcar.lit.last_checkpoint import LastCheckpoint
+from dcar.models.checkpoints import save_model
 from dcar.models.text_encoder import ByteT5TextEncoder
 from tests.prediction_toys import make_tokens, write_pictures
 from tests.toys import (
@@ -25,6 +26,7 @@ from tests.toys import (
     collate,
     toy_generator,
     toy_masked_generator,
+    toy_model,
     toy_stage,
     toy_text_encoder,
     toy_tokenizer,
@@ -142,6 +144,25 @@ def test_weights_of_one_resolution_start_another(tmp_path: Path) -> None:
         assert torch.equal(tensor, high.network.state_dict()[name]), name
     text, mask = high.text_encoder(["a"])
     assert high.sample(text, mask, seeds=[0]).ids.shape == (1, 16, 16)
+
+
+def test_a_deeper_transformer_goes_on_from_a_shallower_one(tmp_path: Path) -> None:
+    """From a checkpoint and from a model folder; only where that is asked for."""
+    trained = toy_masked_generator()
+    trainer = toy_trainer(1)
+    trainer.fit(trained, datamodule=ToyData())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    save_model(toy_model(), tmp_path / "model")
+    for path, shallow in ((tmp_path / "last.ckpt", trained), (tmp_path / "model", toy_model())):
+        deeper = partial(toy_masked_generator, generator=toy_generator(depth=3), init_from=path)
+        with pytest.raises(CheckpointError, match="another architecture"):
+            deeper()
+        deep = deeper(deepen=True)
+        text, mask = shallow.text_encoder(["a"])
+        assert torch.equal(deep.text_encoder(["a"])[0], text)
+        ids = torch.zeros(1, 8, 8, dtype=torch.int64)
+        ours, theirs = (m.generator.transformer(ids, text, mask).logits for m in (deep, shallow))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_stopping_and_resuming_is_bit_equal(tmp_path: Path) -> None:
