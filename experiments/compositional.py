@@ -39,7 +39,7 @@ from dcar.models.judge import load_judge
 from dcar.models.sampler import SamplerSettings, Tokens
 from dcar.pipeline import DCARPipeline, chunks
 from experiments.components import build
-from experiments.config import ConfigError, at_least
+from experiments.config import ConfigError, at_least, check_writable
 from experiments.run import RunOptions
 from experiments.sample import chosen_device, find_model
 
@@ -164,6 +164,7 @@ def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     cannot be read, ConfigError where fewer than two single drawings are asked for.
     """
     check_counts(config)
+    check_writable(f"{config.out}/results.json")
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     settings = pipeline.settings(steps=config.steps, guidance=config.guidance)
     side = pipeline.model.size

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -80,6 +81,19 @@ def given(value: Any, key: str) -> Any:
     if value is None:
         raise ConfigError(f"{key} must be given: add {key}=VALUE")
     return value
+
+
+def check_writable(path: str, key: str = "out") -> None:
+    """Raises ConfigError, before any work is done, where no file could be written at `path`."""
+    if "://" in path:
+        return
+    place = Path(path).absolute()
+    if place.is_dir():
+        raise ConfigError(f"{key}={path} is a folder")
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "cannot be written to" if parent.is_dir() else "is no folder"
+        raise ConfigError(f"{key}={path}: {parent} {why}")
 
 
 def at_least(config: DictConfig, least: int, *keys: str) -> None:
@@ -168,8 +182,13 @@ def as_text(override: str) -> str:
         if not OverridesParser.create().parse_override(override).is_sweep_override():
             return override
     except HydraException:
-        if not equals or value[:1] in ("[", "{"):  # a broken list stays an error
+        if not equals:
             return override
+        if value[:1] in ("[", "{"):
+            raise ConfigError(
+                f"{override}: no list or mapping; text that begins with {value[0]!r} is "
+                f"given in quotes of its own: '{key}=\"{value}\"'"
+            ) from None
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"
 

@@ -142,7 +142,10 @@ def print_report(task: BuildTask, report: Report) -> None:
         print(tally_text(split, tally))
     share = getattr(task.source, "val_share", 0.0)
     if share and set(report.splits) == {"train"}:
-        print(f"no val: none of the captions or keys fell into source.val_share={share:g} of them")
+        print(
+            f"no val: none of the captions or keys fell into source.val_share={share:g} of them; "
+            "a larger share, into a new folder, gives some"
+        )
 
 
 @dataclass

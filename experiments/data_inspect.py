@@ -25,6 +25,7 @@ from dcar.data.storage import exists, join, name_of, write_atomically
 from dcar.errors import DataError
 from dcar.evaluation.data_charts import Cell, contact_sheet, stats_png
 from dcar.evaluation.sheets import save_png
+from experiments.build_progress import size_text
 from experiments.config import ConfigError, at_least
 from experiments.run import RunOptions
 
@@ -42,7 +43,9 @@ def progress(folder: str, samples: int | None = None) -> Iterator[Tick]:
         TextColumn("samples"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    is_file = not console.is_terminal  # where a bar would leave an empty line
+    with Progress(*columns, console=console, transient=True, disable=is_file) as bar:
         task = bar.add_task(folder, total=None if samples else total or None)
         yield lambda done, size: bar.update(task, completed=done)
 
@@ -135,7 +138,7 @@ def stats_rows(split: Mapping[str, Any]) -> dict[str, str]:
     rows = {"shards": f"{split['shards']:,}", "samples": f"{split['samples']:,}"}
     if split["looked"] != split["samples"]:
         rows["looked at"] = f"{split['looked']:,}"
-    rows["size"] = f"{split['bytes'] / 2**20:,.1f} MiB"
+    rows["size"] = size_text(split["bytes"])
     rows |= {f"{kind} files": f"{count:,}" for kind, count in split["formats"].items()}
     for what, label in ROWS.items():
         if values := split["quantiles"][what]:

@@ -82,8 +82,8 @@ def target_config(config: DictConfig) -> DictConfig:
         raise ConfigError("give the training to plan: exp=NAME (--list shows the names)")
     if name not in known:
         raise ConfigError(f"no experiment exp={name}{nearest(name, known)} (--list shows them)")
-    if (task := _compose(name, []).task) != TRAINING:
-        raise ConfigError(f"exp={name} cannot be planned: its task is {task}, not {TRAINING}")
+    if _compose(name, []).task != TRAINING:
+        raise ConfigError(f"exp={name} is no training, and only trainings can be planned")
     overrides = [
         f"{theirs}={config[ours]}" for ours, theirs in PASSED_ON.items() if config[ours] is not None
     ]

@@ -1,10 +1,5 @@
 """Runs an experiment: python -m experiments.run --exp=NAME [key=value ...]
 
-    --list                      every experiment with what it reproduces
-    --print-config              the complete configuration, and stop
-    --dry-run                   build everything, take one step, write no files
-    --ckpt last|best|auto|PATH  continue from a checkpoint; auto starts fresh where there is none
-
 Exit codes: 0 done, 1 a lost process or a bug, 2 usage or configuration, 3 data or a file, 4
 non-finite training, 130 and 143 signals.
 """
@@ -25,7 +20,13 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.errors import CheckpointError, DataError, Interrupted, LostRankError, NonFiniteError
-from experiments.config import ConfigError, experiment_names, first_comment, load_config
+from experiments.config import (
+    ConfigError,
+    experiment_names,
+    first_comment,
+    load_config,
+    nearest,
+)
 
 LOST, USAGE, DATA, NON_FINITE = 1, 2, 3, 4
 EXIT_CODES: dict[type[BaseException], int] = {
@@ -53,16 +54,32 @@ class RunOptions:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    usage, _, exit_codes = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.run", allow_abbrev=False, usage=__doc__
+        usage=usage.partition(": ")[2], epilog=exit_codes, allow_abbrev=False
     )
-    parser.add_argument("--exp")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--print-config", action="store_true")
-    parser.add_argument("--ckpt")
-    parser.add_argument("overrides", nargs="*")
-    return parser.parse_intermixed_args(arguments)
+    options = {
+        "--exp": {"metavar": "NAME", "help": "the experiment, such as sample or quickstart"},
+        "--list": {"action": "store_true", "help": "every experiment with what it reproduces"},
+        "--print-config": {"action": "store_true", "help": "the complete configuration, and stop"},
+        "--dry-run": {
+            "action": "store_true",
+            "help": "build everything, take one step, write no files",
+        },
+        "--ckpt": {
+            "metavar": "last|best|auto|PATH",
+            "help": "continue from a checkpoint; auto starts fresh where there is none",
+        },
+    }
+    for name, settings in options.items():
+        parser.add_argument(name, **settings)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that --print-config shows"
+    )
+    known, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r}{nearest(unknown[0], [*options])}")
+    return known
 
 
 def print_list() -> None:

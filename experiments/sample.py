@@ -21,7 +21,7 @@ from dcar.models.checkpoints import (
     shipped_models,
 )
 from dcar.pipeline import DCARPipeline
-from experiments.config import ConfigError, at_least, places
+from experiments.config import ConfigError, at_least, check_writable, places
 from experiments.run import RunOptions
 
 
@@ -32,6 +32,8 @@ def read_prompts(prompt: object) -> list[str]:
     if isinstance(prompt, list | ListConfig):
         return [str(line) for line in prompt]
     prompt = str(prompt)
+    if not prompt.strip():
+        raise ConfigError("prompt is empty: give a text, a list of texts or a .txt file")
     path = Path(prompt)
     if path.suffix == ".txt":
         if not path.is_file():
@@ -50,6 +52,12 @@ def find_folder(reference: str, outputs: str, *, key: str = "ckpt") -> Path:
     for config in configs:
         if config.is_file():
             return config.parent
+    trainings = sorted(path.parents[1] for path in Path(reference).glob("*/checkpoints/last.ckpt"))
+    if trainings:
+        raise CheckpointError(
+            f"{key}={reference} holds no finished model yet, but trainings, one of which may be "
+            f"meant: {', '.join(map(str, trainings))}"
+        )
     raise CheckpointError(
         f"{key}={reference} is no checkpoint, no model that comes with the package "
         f"({', '.join(shipped_models())}), and no config.json lies in "
@@ -111,6 +119,7 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
     at_least(config, 0, "seed")
     prompts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     paths = output_paths(config.out, len(prompts))
+    check_writable(config.out)
     device = chosen_device(config.device)
     model = find_model(config.ckpt, config.outputs)
     encoder: Any = model.text_encoder

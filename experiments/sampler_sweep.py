@@ -27,7 +27,7 @@ from experiments.compositional import (
     open_pipeline,
     read_asked,
 )
-from experiments.config import ConfigError, at_least
+from experiments.config import ConfigError, at_least, check_writable
 from experiments.run import RunOptions
 
 SHARES = ("concept_top1", "concept_top5", "style_top1")
@@ -40,6 +40,7 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
     """
     check_counts(config)
     at_least(config, 1, "pictures")
+    check_writable(f"{config.out}/results.json")
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     base = pipeline.settings(steps=config.steps, guidance=config.guidance)
     if config.scenes:

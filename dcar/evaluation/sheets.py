@@ -35,7 +35,7 @@ def captioned_grid(
         page.paste(
             ImageOps.pad(picture.convert("RGB"), (side, side), LANCZOS, "white"), (left, top)
         )
-        draw.text((left + 4, top + side + 2), _wrap(caption, font, side - 8), "black", font)
+        draw.text((left + 4, top + side + 2), wrapped(caption, font, side - 8), "black", font)
     return page
 
 
@@ -46,15 +46,26 @@ def sans(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """At most two lines that fit `width` pixels; of a word that does not, what fits."""
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """At most two lines that fit `width` pixels; an ellipsis stands for what does not."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width:
             lines[-1] = longer
-            continue
-        while font.getlength(word) > width:
-            word = word[:-1]
-        lines.append(word)
-    return "\n".join([line for line in lines if line][:2])
+        else:
+            lines.append(_shortened(word, font, width))
+    lines = [line for line in lines if line]
+    if len(lines) > 2:
+        lines[1] = _shortened(f"{lines[1]} …", font, width)
+    return "\n".join(lines[:2])
+
+
+def _shortened(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The line, or as much of its start as fits before an ellipsis."""
+    if font.getlength(line) <= width:
+        return line
+    kept = line.removesuffix("…")
+    while kept and font.getlength(f"{kept.rstrip()}…") > width:
+        kept = kept[:-1]
+    return f"{kept.rstrip()}…"

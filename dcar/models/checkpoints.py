@@ -254,7 +254,11 @@ def load_model(folder: str | Path) -> Model:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no model folder: {error}") from error
+        names = ", ".join(shipped_models())
+        raise CheckpointError(
+            f"{folder} is no model folder, and no model that comes with the package ({names}): "
+            f"{error}"
+        ) from error
     if isinstance(config, dict):
         config.pop("lineage", None)  # of these weights, not of what is made of them
     model = build_model(config)

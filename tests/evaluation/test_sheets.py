@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dcar.evaluation.sheets import captioned_grid, save_png
+from dcar.evaluation.sheets import captioned_grid, sans, save_png, wrapped
 
 
 def test_a_png_carries_its_prompt_and_seed(tmp_path: Path) -> None:
@@ -33,6 +33,17 @@ def test_a_caption_stays_under_its_own_picture() -> None:
     grid = captioned_grid(pictures, ["W" * 60, ""], columns=2, side=60)
     assert grid.crop((0, 60, 60, 94)).getextrema() != ((255, 255),) * 3
     assert grid.crop((60, 0, 120, 94)).getextrema() == ((255, 255),) * 3
+
+
+def test_a_caption_that_is_cut_says_so() -> None:
+    font = sans(11)
+    assert wrapped("a red apple", font, 100) == "a red apple"
+    two = wrapped("a red apple beside a green pear and a yellow lemon on a table", font, 100)
+    assert two.startswith("a red apple") and two.endswith("…") and two.count("…") == 1
+    assert len(two.splitlines()) == 2 and all(
+        font.getlength(line) <= 100 for line in two.splitlines()
+    )
+    assert wrapped("W" * 60, font, 60).lstrip("W") == "…"
 
 
 def test_captions_of_other_scripts_are_legible() -> None:

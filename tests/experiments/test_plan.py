@@ -49,7 +49,7 @@ def steps(name: str, *overrides: str) -> Any:
 @pytest.mark.parametrize("name", experiment_names())
 def test_every_training_has_a_step_to_plan_and_no_other_task(name: str) -> None:
     if _compose(name, []).task != TRAINING:
-        with pytest.raises(ConfigError, match="cannot be planned|give the training to plan"):
+        with pytest.raises(ConfigError, match="can be planned|give the training to plan"):
             steps(name)
         return
     step, early_step, late = steps(name)
@@ -151,8 +151,8 @@ def test_muon_keeps_one_value_for_its_matrices_and_two_for_all_else() -> None:
     [
         ([], "exp=NAME"),
         (["exp=generator/pretrain"], "did you mean 'generator/pretrain_256'"),
-        (["exp=data/build"], "exp=data/build cannot be planned: its task is"),
-        (["exp=quickstart"], "exp=quickstart cannot be planned"),
+        (["exp=data/build"], "exp=data/build is no training"),
+        (["exp=quickstart"], "exp=quickstart is no training"),
         (["exp=smoke/stage1", "device=h10"], "did you mean 'h100'"),
         (["exp=smoke/stage1", "devices=0"], "devices=0"),
         (["exp=smoke/stage1", "mfu=45"], "mfu=45"),

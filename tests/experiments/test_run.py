@@ -35,7 +35,7 @@ from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
         (["--exp=sample", "prompt=null"], 2, "prompt=null: give a text"),
         (["--exp=sample", "prompt=x", "device=gpu"], 2, "device=gpu: "),
         (["--exp=sample", "prompt=x", "seed=null"], 2, "seed=None must be at least 0"),
-        (["--exp=sample", "prompt=x", "out=/dev/null/x.png", "steps=1"], 3, "/dev/null"),
+        (["--exp=sample", "prompt=x", "out=/dev/null/x.png"], 2, "/dev/null is no folder"),
     ],
 )
 def test_bad_input_gives_its_exit_code_and_one_line(
@@ -66,9 +66,20 @@ def test_print_config_is_complete(capsys) -> None:
 
 
 def test_an_unknown_option_is_a_usage_error(capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["--expp=x"])
-    assert "--expp" in capsys.readouterr().err
+    for options in (["--dryrun", "--exp=sample"], ["--exp=sample", "steps=2", "--dryrun"]):
+        assert main(options) == 2
+        assert "'--dryrun'; did you mean '--dry-run'?" in capsys.readouterr().err
+
+
+def test_help_says_what_each_option_does(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: python -m experiments.run --exp=NAME [key=value ...]"
+    for option in ("--exp NAME", "--list", "--print-config", "--dry-run"):
+        line = next(line for line in lines if line.strip().startswith(option))
+        assert len(line.split(maxsplit=1)[1]) > 20, option
+    assert any(line.startswith("Exit codes: 0 done") for line in lines)
 
 
 COMMAND = ["--exp=smoke/stage1", "task=a_task.task"]

@@ -1,6 +1,7 @@
 """`--exp=sample`: prompts from the command line, a list or a file; PNGs that say what they are."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,40 @@ def test_a_file_of_prompts_gives_a_png_each_and_a_grid(folder: Path, tmp_path: P
     assert names == ["all-000.png", "all-001.png", "all.png"]
     with Image.open(tmp_path / "all-001.png") as picture:
         assert picture.text["prompt"] == "a dog" and picture.text["seed"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prompt="], "prompt is empty"),
+        (["prompt=  "], "prompt is empty"),
+        (["prompt=[a dog"], "prompt=[a dog: no list or mapping"),
+        (["prompt=a", "out={}/file/a.png"], "/file is no folder"),
+        (["prompt=a", "out={}/folder.png"], "folder.png is a folder"),
+        (["prompt=a", "ckpt={}/runs"], "trainings, one of which may be meant: {}/runs/generator"),
+        (["prompt=a", "ckpt=nini"], "no model that comes with the package (mini)"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_drawing(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    last = tmp_path / "runs" / "generator" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    given = [f"ckpt={folder}", f"out={tmp_path}/a.png", *(a.format(tmp_path) for a in arguments)]
+    assert main(["--exp=sample", *given]) == 2
+    assert message.format(tmp_path) in capsys.readouterr().err
+
+
+def test_a_place_that_is_not_ours_is_refused_before_drawing(
+    folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    out = f"out={tmp_path}/new/a.png"
+    assert main(["--exp=sample", f"ckpt={folder}", "prompt=a", out]) == 2
+    assert f"{tmp_path} cannot be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
