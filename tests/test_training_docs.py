@@ -36,7 +36,8 @@ def test_the_page_is_followed_from_top_to_bottom(
     monkeypatch.chdir(tmp_path)
     Path("assets").symlink_to(ROOT / "assets")
     for words in RUNS:
-        assert main(words) == 0, words
+        takes_hours = "--exp=mini/generator" in words
+        assert main([*words, "--dry-run"] if takes_hours else words) == 0, words
     told = capsys.readouterr().out
     assert "resumed" in told  # by lineage
     assert "h100" in told.lower()  # by plan

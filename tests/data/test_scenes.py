@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from PIL import Image
 from dcar.data.loader import ShardLoader
 from dcar.data.members import BadSample
 from dcar.data.scene_words import COLOURS
-from dcar.data.scenes import KINDS, Scene, SceneSet
+from dcar.data.scenes import KINDS, Placed, Scene, SceneSet
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import Part, ShardStream
 from dcar.data.transforms import ImageTransform
 
 SIDE = 32
+STYLES = {"flat style", "3d style"}
 CONCEPTS = {  # slug -> (phrase, category, colour)
     "apple": ("an apple", "food & drink", (255, 0, 0)),
     "whale": ("a whale", "animals & nature", (0, 0, 255)),
@@ -106,17 +108,40 @@ def test_the_picture_holds_what_is_said_where_it_is_said(drawings: Path, kind: s
 
 def check_words(scene: Scene) -> None:
     phrases = [placed.drawing.subject.phrase for placed in scene.placed]
+    styles = {placed.drawing.subject.style for placed in scene.placed}
+    assert len(styles) == 1 and all(other not in scene.caption for other in STYLES - styles)
     if scene.kind == "counting":
-        assert scene.caption.startswith({2: "two", 3: "three", 4: "four"}[len(phrases)])
+        number = {2: "two", 3: "three", 4: "four"}[len(phrases)]
+        (plural,) = {placed.drawing.subject.plural for placed in scene.placed}
+        assert scene.caption.startswith(f"{number} {plural}")
+        assert all(apart(one, other) for one, other in combinations(scene.placed, 2))
         return
     assert all(phrase in scene.caption for phrase in phrases)
+    if scene.kind == "single":
+        (ground,) = scene.ground
+        article = "an" if ground == "orange" else "a"
+        told = f"{phrases[0]} on {article} {ground} background"
+        is_told = told in scene.caption
+        assert is_told or (ground == "white" and "background" not in scene.caption)
+        check_ground(scene, ground, SIDE - 1)
     if scene.kind == "position":
         check_places(scene, phrases)
     if scene.kind == "two_colours":
         for phrase, name, corner in zip(phrases, scene.ground, (0, SIDE - 1), strict=True):
             assert f"{phrase} on {name}" in scene.caption
-            pixel = scene.picture.getpixel((corner, 0))
-            assert max(abs(a - b) for a, b in zip(pixel, COLOURS[name], strict=True)) <= 12
+            check_ground(scene, name, corner)
+
+
+def check_ground(scene: Scene, name: str, column: int) -> None:
+    pixel = scene.picture.getpixel((column, 0))
+    assert max(abs(a - b) for a, b in zip(pixel, COLOURS[name], strict=True)) <= 12
+
+
+def apart(one: Placed, other: Placed) -> bool:
+    """Hardly any of one lies on the other."""
+    lefts, tops, rights, bottoms = zip(one.box, other.box, strict=True)
+    overlap = [max(0, min(rights) - max(lefts)), max(0, min(bottoms) - max(tops))]
+    return overlap[0] * overlap[1] < (one.box[2] - one.box[0]) ** 2 / 4
 
 
 def check_places(scene: Scene, phrases: list[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from torch import Tensor
 
 from dcar.errors import DataError
@@ -36,6 +37,27 @@ def test_the_average_lags_behind_the_live_network() -> None:
     assert any(not torch.equal(p, live[n]) for n, p in callback.average.named_parameters())
     for kept, buffer in zip(callback.average.buffers(), module.network.buffers(), strict=True):
         assert torch.equal(kept, buffer)
+
+
+@pytest.mark.parametrize("decay", [0.15, 0.999])
+def test_the_average_moves_by_its_decay_and_quicker_at_first(decay: float) -> None:
+    """After n updates it keeps min(decay, (1 + n) / (10 + n)) of itself, as TensorFlow's does."""
+    module, seen = toy_stage(1), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *batch) -> None:
+            seen.append([p.detach().clone() for p in pl_module.network.parameters()])
+
+    average = AverageWeights(decay=decay)
+    toy_trainer(5, callbacks=[average, Watch()]).fit(module, datamodule=ToyData())
+    expected = seen[0]
+    for updates, live in enumerate(seen[1:], start=1):
+        kept = min(decay, (1 + updates) / (10 + updates))
+        pairs = zip(expected, live, strict=True)
+        expected = [kept * mine + (1 - kept) * theirs for mine, theirs in pairs]
+    assert (decay < 2 / 11) == (kept == decay)  # the first is reached, the second is not
+    for mine, theirs in zip(expected, average.average.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_only_the_trained_network_is_averaged() -> None:

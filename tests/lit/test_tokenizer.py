@@ -1,14 +1,19 @@
 """What each tokenizer stage moves, which path it decodes, and that it resumes exactly."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
+from lightning import Callback
+from torch import Tensor
 
 from dcar.errors import DataError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.last_checkpoint import LastCheckpoint
-from tests.toys import ToyData, ToyImages, collate, toy_stage, toy_trainer, weights
+from dcar.models.kmeans import kmeans
+from tests.toys import CODES, ToyData, ToyImages, collate, toy_stage, toy_trainer, weights
 
 MOVES = {1: {"encoder", "decoder"}, 2: {"encoder", "quantizer", "decoder"}, 3: {"decoder"}}
 
@@ -59,10 +64,44 @@ def test_the_discriminator_joins_at_its_step() -> None:
     assert any(not torch.equal(module.state_dict()[name], before[name]) for name in names)
 
 
+def test_the_discriminator_s_step_tells_real_pictures_from_made_ones() -> None:
+    """Its own hinge loss alone moves it, and that by the pictures from before the step."""
+    module = toy_stage(
+        2,
+        adversarial=True,
+        norm="ln2d",
+        gradient_clip=None,
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+    )
+    expected: list[Tensor] = []
+
+    class ByHand(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            judge, image = pl_module.discriminator, batch["image"]
+            recon = pl_module.network.decode(pl_module.network.encode(image).discrete).detach()
+            loss = (1 - judge(image)).relu().mean() + (1 + judge(recon)).relu().mean()
+            parameters = list(judge.parameters())
+            gradients = torch.autograd.grad(loss / 2, parameters)
+            pairs = zip(parameters, gradients, strict=True)
+            expected.extend((p - 0.5 * gradient).detach() for p, gradient in pairs)
+
+    toy_trainer(1, callbacks=[ByHand()]).fit(module, datamodule=ToyData())
+    for mine, theirs in zip(expected, module.discriminator.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_codebook_starts_from_k_means_of_latents() -> None:
-    module = toy_stage(2, kmeans_vectors=128)
+    still = partial(torch.optim.SGD, lr=0.0)
+    module = toy_stage(2, kmeans_vectors=128, norm="ln2d", optimizer=still)
     toy_trainer(1, callbacks=[]).fit(module, datamodule=ToyData())
     assert bool(module.network.quantizer.initialized)
+    batches = ToyData().preview_batches()
+    latents = [module.network.encode(next(batches)["image"]).continuous]
+    while sum(latent[:, 0].numel() for latent in latents) < 128:
+        latents.append(module.network.encode(next(batches)["image"]).continuous)
+    vectors = rearrange(torch.cat(latents), "b c h w -> (b h w) c").detach()
+    codes = kmeans(vectors, CODES, iterations=20, seed=module.seed, spherical=True)
+    torch.testing.assert_close(module.network.quantizer.codebook.detach(), codes)
     untouched = toy_stage(2)
     toy_trainer(1).fit(untouched, datamodule=ToyData())
     assert not bool(untouched.network.quantizer.initialized)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcar.models.draws import Draws
@@ -77,6 +78,24 @@ def test_a_head_that_is_told_another_codebook_is_refused() -> None:
     head = ResidualHead(channels=3, dim=16, width=8, depth=1, num_codes=11)
     with pytest.raises(ValueError, match="told 11 codes, the transformer has 12"):
         HybridGenerator(transformer=transformer, residual_head=head)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_token_loss_is_cross_entropy_weighed_and_smoothed_in_training_alone(
+    is_training: bool,
+) -> None:
+    generator = build(label_smoothing=0.2, unmasked_weight=0.3).train(is_training)
+    ids, residual, text, text_mask = data()
+    mask = generator._draw_mask(ids, Draws(0))
+    visible = ids.masked_fill(mask.view_as(ids), 12)
+    logits = generator.transformer(visible, text, text_mask).logits.flatten(0, 1)
+    smoothing, weight = (0.2, 0.3) if is_training else (0.0, 0.0)
+    each = F.cross_entropy(logits, ids.flatten(), label_smoothing=smoothing, reduction="none")
+    weights = torch.where(mask.flatten(), 1.0, weight)
+    terms = generator.losses(ids, residual, text, text_mask, Draws(0), caption_drop=0.0)
+    assert torch.allclose(terms["token"], (each * weights).sum() / weights.sum())
+    right = logits.argmax(1) == ids.flatten()
+    assert torch.allclose(terms["accuracy"], right[mask.flatten()].float().mean())
 
 
 def test_without_a_head_the_token_loss_is_the_loss() -> None:

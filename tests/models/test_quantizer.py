@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar.models.quantizer import (
+    ENTROPY_TEMPERATURE,
     VectorQuantizer,
     codebook_perplexity,
     codebook_usage,
     count_codes,
+    entropy_penalty,
 )
 from tests.toys import START
 
@@ -118,6 +120,18 @@ def test_the_entropy_penalty_is_low_when_sure_and_spread() -> None:
     assert abs(quantizer(same).loss.item()) < 1e-4
 
 
+def test_the_entropy_penalty_is_of_softmax_over_distances_and_moves_both_sides() -> None:
+    vectors = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    codes = (0.1 * torch.randn(5, 8, dtype=torch.float64)).requires_grad_()
+    penalty = entropy_penalty(vectors, codes)
+    probabilities = (-torch.cdist(vectors, codes).square() / ENTROPY_TEMPERATURE).softmax(1)
+    mean = probabilities.mean(0)
+    sure = -(probabilities * probabilities.clamp(min=1e-300).log()).sum(1).mean()
+    torch.testing.assert_close(penalty, sure + (mean * mean.clamp(min=1e-300).log()).sum())
+    penalty.backward()
+    assert vectors.grad.abs().max() > 0 and codes.grad.abs().max() > 0
+
+
 # Counting
 
 
@@ -146,6 +160,7 @@ def test_initialize_replaces_the_codebook_and_is_remembered() -> None:
         quantizer.lookup(torch.arange(16).view(1, 4, 4))[0, :, 0, 1], expected[1]
     )
     quantizer(torch.randn(1, 8, 2, 2))  # most codes stay unused, yet none is replaced at once
+    quantizer.after_step()
     torch.testing.assert_close(F.normalize(quantizer.codebook, dim=1), expected)
 
 
@@ -197,6 +212,24 @@ def test_one_dead_code_moves_onto_a_latent_and_busy_ones_stay() -> None:
     torch.testing.assert_close(after[:3], before[:3])
     vectors = latent.permute(0, 2, 3, 1).reshape(-1, 8)
     assert (after[3] - vectors).abs().sum(1).min() < 1e-5
+
+
+def test_usage_is_a_running_mean_and_decides_how_far_a_code_moves() -> None:
+    """docs/method.md: by exp(-usage * K * 10 / (1 - decay)) towards a latent of the step."""
+    quantizer = make_quantizer(num_codes=4, revival_decay=0.9)
+    quantizer.initialize(torch.eye(8)[:4])
+    torch.testing.assert_close(quantizer.usage_mean, torch.full((4,), 0.25))
+    quantizer.usage_mean.copy_(torch.tensor([0.5, 0.002, 0.001, 0.0]))
+    usage, before = quantizer.usage_mean.clone(), quantizer.codebook.detach().clone()
+    latent = torch.eye(8)[:1].view(1, 8, 1, 1)  # one vector, of code 0: the anchor of all
+    quantizer(latent)
+    quantizer.after_step()
+    usage = 0.9 * usage + 0.1 * torch.tensor([1.0, 0, 0, 0])
+    torch.testing.assert_close(quantizer.usage_mean, usage)
+    share = torch.exp(-usage * 4 * 10 / (1 - 0.9))[:, None]
+    assert 0.1 < share[1] < share[2] < 0.9 and share[3] == 1
+    expected = torch.lerp(before, latent.view(1, 8).expand(4, 8), share)
+    torch.testing.assert_close(quantizer.codebook.detach(), expected)
 
 
 def test_a_dead_code_tries_another_latent_at_each_step() -> None:

@@ -135,6 +135,26 @@ def test_guidance_moves_the_noise_and_leaves_the_variance() -> None:
     assert torch.equal(guided[:, 3:], conditional[:, 3:])
 
 
+def test_guidance_moves_a_velocity() -> None:
+    head = build(FlowResidualHead)
+    conditional, unconditional = torch.randn(5, 3), torch.randn(5, 3)
+    guided = head._guide(conditional, unconditional, 2.0)
+    assert torch.allclose(guided, 3 * conditional - 2 * unconditional)
+
+
+def test_guidance_goes_away_from_the_unconditional_hidden_states() -> None:
+    """One Euler step: the noise and the velocity there, of which the guided one is known."""
+    head, hidden = build(FlowResidualHead, sample_steps=1, solver="euler"), data()[1]
+    other = torch.randn_like(hidden)
+
+    def draw(condition: Tensor, **guided: Any) -> Tensor:
+        return head.sample(condition, noise=ImageNoise(range(4)), **guided)
+
+    expected = 3.5 * draw(hidden) - 2.5 * draw(other)
+    guided = draw(hidden, guidance=2.5, hidden_uncond=other)
+    assert torch.allclose(guided, expected, atol=1e-5)
+
+
 def test_guidance_without_unconditional_states_is_refused() -> None:
     with pytest.raises(ValueError, match="hidden_uncond"):
         build(ResidualHead).sample(data()[1], noise=ImageNoise(range(4)), guidance=1.0)

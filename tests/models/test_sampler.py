@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcar.models.generator import HybridGenerator
 from dcar.models.masking import halton_rank
+from dcar.models.noise import ImageNoise
 from dcar.models.residual_head import FlowResidualHead, ResidualHead
 from dcar.models.sampler import SamplerSettings, Tokens, sample
 from dcar.models.transformer import MaskedTransformer
@@ -147,6 +148,26 @@ def test_linear_guidance_runs_its_first_step_without_the_unconditional_half() ->
         options = replace(OFFICIAL, guidance=guidance, guidance_decay="linear")
         draw(generator, settings=options, on_step=keep_first)
     assert torch.equal(*first)
+
+
+@pytest.mark.parametrize("condition", ["last_step", "extra_forward"])
+def test_the_residual_is_guided_from_the_null_caption_s_states_to_the_prompt_s(
+    condition: str,
+) -> None:
+    generator, (text, text_mask) = build(), captions(3)
+    options = replace(OFFICIAL, steps=1, residual_guidance=2.0, residual_condition=condition)
+    tokens = draw(generator, settings=options)
+    seen = tokens.ids if condition == "extra_forward" else torch.full((3, 3, 4), CODES)
+    null = generator.transformer.null_text[:7].expand_as(text)
+    noise = ImageNoise([0, 1, 2], torch.device("cpu"))
+    noise.rand(1, 2, 12)  # what unmasking draws
+    expected = generator.residual_head.sample(
+        generator.transformer(seen, text, text_mask).hidden,
+        hidden_uncond=generator.transformer(seen, null, text_mask).hidden,
+        guidance=2.0,
+        noise=noise,
+    )
+    assert torch.allclose(tokens.residual.flatten(2).mT, expected, atol=1e-5)
 
 
 def test_the_residual_can_be_guided_alone() -> None:

@@ -30,6 +30,22 @@ def test_the_published_size_has_635_071_360_parameters() -> None:
     assert sum(weight.numel() for weight in model.parameters()) == 635_071_360
 
 
+def test_the_forward_pass_is_embeddings_and_positions_through_all_blocks() -> None:
+    """`hidden` is before the last norm, logits are after it (docs/method.md)."""
+    model, (ids, text, mask) = tiny(), inputs()
+    hidden = model.token_embedding(ids.flatten(1)) + position_codes(3, 4, 16, base_grid=16)
+    caption = model.caption_projection(text)
+    for block in model.blocks:
+        keys, values = block.cross_attention.project(caption)
+        hidden = block(hidden, keys, values, mask[:, None, None, :])
+    output = model(ids, text, mask)
+    assert torch.allclose(output.hidden, hidden, atol=1e-5)
+    logits = model.output(F.layer_norm(hidden, (16,), eps=1e-6))
+    assert torch.allclose(output.logits, logits, atol=1e-4)
+    moved = model(ids.flip(2), text, mask).hidden
+    assert not torch.allclose(moved.mean(1), hidden.mean(1), atol=1e-3)  # positions matter
+
+
 def test_outputs_have_their_shapes_on_a_grid_that_is_not_square() -> None:
     ids, text, mask = inputs()
     output = tiny()(ids, text, mask)

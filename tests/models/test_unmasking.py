@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from dcar.models.transformer import TransformerOutput
 from dcar.models.unmasking import (
     SamplerSettings,
     guidance_at,
@@ -11,6 +12,7 @@ from dcar.models.unmasking import (
     make_plan,
     sample_ids,
     select_masked,
+    unmask_step,
 )
 
 
@@ -140,3 +142,32 @@ def test_without_annealing_logits_keep_their_softness() -> None:
     settings = SamplerSettings(softmax_annealing=False)
     plan = make_plan(torch.ones(1, 16, dtype=torch.bool), settings)
     assert bool((plan.softness == 1).all())
+
+
+def first_fixed(logits: torch.Tensor, uniform: torch.Tensor, **settings: Any) -> list[bool]:
+    """Which of the N tokens of one image the first of two steps fixes."""
+    options = SamplerSettings(steps=2, guidance=0.0, schedule="linear", **settings)
+    masked = torch.ones(1, logits.shape[1], dtype=torch.bool)
+    plan, ids = make_plan(masked, options), torch.full((1, logits.shape[1]), logits.shape[2])
+    output = TransformerOutput(torch.zeros(1, logits.shape[1], 1), logits)
+    _, left = unmask_step(output, ids, masked, plan, 0, uniform, (1, logits.shape[1]), options)
+    return (~left[0]).tolist()
+
+
+def test_the_most_confident_tokens_are_fixed_first() -> None:
+    """By the logit of the code that was drawn, or by its probability: these two disagree."""
+    logits = torch.tensor([[[1.0, -9, -9], [4, 4, 4], [3, 2, 2], [0, -9, -9]]])
+    uniform = torch.full((1, 2, 4), 0.5)
+    by_logit = first_fixed(logits, uniform, randomize_temperature=0.0)
+    assert by_logit == [False, True, True, False]
+    by_probability = first_fixed(logits, uniform, randomize_temperature=0.0, confidence="log_prob")
+    assert by_probability == [True, False, False, True]
+
+
+def test_noise_on_the_confidence_is_gumbel_s_at_the_step_s_temperature() -> None:
+    logits = torch.randn(1, 64, 1)  # one code: nothing but the order is drawn
+    uniform = torch.rand(1, 2, 64)
+    fixed = first_fixed(logits, uniform, randomize_temperature=1.4)
+    softness, temperature = 0.5 + 0.8 * 0.5, 1.4 * 0.5  # half of the steps are left
+    order = logits[0, :, 0] / softness + temperature * gumbel(uniform[0, 1])
+    assert fixed == (order > order.sort().values[31]).tolist()
