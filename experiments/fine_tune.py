@@ -50,7 +50,9 @@ def switch_checkpointing(network: nn.Module, checkpoint_activations: bool) -> No
 def tokenizer_checkpoint(reference: str, outputs: str) -> Path | None:
     """The checkpoint of stage 2 or 3 that is meant, None where it is something else."""
     path = Path(str(find_checkpoint(reference, outputs)))
-    is_tokenizer = path.is_file() and read_checkpoint(path)["dcar"]["module"] in TOKENIZER_MODULES
+    is_tokenizer = (
+        path.is_file() and read_checkpoint(path, mapped=True)["dcar"]["module"] in TOKENIZER_MODULES
+    )
     return path if is_tokenizer else None
 
 
@@ -173,7 +175,7 @@ def decoder(config: DictConfig, options: RunOptions) -> dict[str, float]:
         check_same_tokens(config, base)
         about = base.config
     if path is not None:
-        own = read_checkpoint(path)["dcar"]["config"]
+        own = read_checkpoint(path, mapped=True)["dcar"]["config"]
         about = {"size": own["size"], **about, "tokenizer": own["tokenizer"]}
     take_from(config, about, ("tokenizer",))
     metrics = train(config, options)

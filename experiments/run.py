@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=usage.partition(": ")[2], epilog=exit_codes, allow_abbrev=False
     )
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "--exp": {"metavar": "NAME", "help": "the experiment, such as sample or quickstart"},
         "--list": {"action": "store_true", "help": "every experiment with what it reproduces"},
         "--print-config": {"action": "store_true", "help": "the complete configuration, and stop"},

@@ -119,7 +119,7 @@ def load_weights(module: BaseModule, resume: Path | None) -> int:
     """The step of the checkpoint, if any. Lightning loads it too; its own error lists no shapes."""
     if resume is None:
         return 0
-    checkpoint = read_checkpoint(resume)
+    checkpoint = read_checkpoint(resume, mapped=True)
     load_strictly(module, checkpoint["state_dict"], source=resume)
     return int(checkpoint["global_step"])
 

@@ -66,6 +66,8 @@ def test_a_tokenizer_with_the_example_encodes_and_trains_a_batch(example: Module
     assert looked["latents"].ids.max() < looked["tokenizer"].num_codes
     for name, parameter in looked["tokenizer"].named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    measured = looked["tokenizer"].eval().encode(looked["image"])
+    assert torch.equal(looked["tokenizer"].lookup(measured.ids), measured.discrete)
 
 
 def test_the_command_of_the_example_selects_it(example: ModuleType, tmp_path: Path) -> None:

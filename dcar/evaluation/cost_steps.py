@@ -197,8 +197,7 @@ class TokenizerStep(Step):
         terms = self.criterion(recon, image, latents, logits)
         backward(terms["loss"])
         if self.discriminator is not None:
-            both = self.discriminator(torch.cat([image, recon.detach()]))
-            real, fake = both.chunk(2)
+            real, fake = self.discriminator(image), self.discriminator(recon.detach())
             backward(hinge_discriminator_loss(real, fake))
 
 

@@ -10,8 +10,8 @@ class Frozen:
     """Holds a module outside the registry of the Lightning module that owns it.
 
     So its weights are in no checkpoint, no optimizer, no DDP bucket and no averaged copy. The owner
-    calls `to(device)` when its own device is known. Attributes are read through; calls run without
-    gradients.
+    calls `to(device)` when its own device is known. Calls run without gradients; attributes are
+    read through, and methods among them do as they do.
     """
 
     def __init__(self, module: nn.Module):

@@ -142,7 +142,8 @@ class TokenizerModule(BaseModule):
 
     def _discriminator_losses(self, recon: Tensor, image: Tensor) -> Losses:
         assert self.discriminator is not None
-        real, fake = self.discriminator(torch.cat([image, recon])).chunk(2)
+        # one after the other: batch norm would even out in one batch what tells them apart
+        real, fake = self.discriminator(image), self.discriminator(recon)
         loss = hinge_discriminator_loss(real, fake)
         terms = {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
         return Losses(1, loss, terms)

@@ -91,7 +91,9 @@ def gather_over_ranks(vectors: Tensor, batch: int) -> Tensor:
 class Quantizer(nn.Module, ABC):
     """What the tokenizer asks of a quantiser.
 
-    `forward(latent (B, C, H, W)) -> Quantized` and `lookup(ids (B, H, W)) -> (B, C, H, W)`.
+    `forward(latent (B, C, H, W)) -> Quantized` and `lookup(ids (B, H, W)) -> (B, C, H, W)`. A
+    training loop calls `after_step` after each optimizer step, or `forget_batches` where none was
+    taken: batches may be kept until then.
     """
 
     def __init__(self, *, num_codes: int, dim: int):

@@ -202,8 +202,9 @@ class T5TextEncoder(nn.Module):
     """A pretrained T5 encoder, frozen: captions to embeddings (B, L, dim) and the mask (B, L) bool.
 
     `name` is a hub name (the paper's: google-t5/t5-base) or a local folder. With
-    `attend_to_padding`, as in the authors' code, T5 sees no mask and every batch is padded to
-    max_tokens (300); without it, to the longest caption, which changes the embeddings. `dtype` is
+    `attend_to_padding`, as in the authors' code, T5 sees no mask and every batch padded to
+    max_tokens (300); without it, to the longest caption, which changes the embeddings. L is that of
+    the longest caption, rounded up, either way. `dtype` is
     "float32" or "bfloat16": T5 overflows in float16, and autocast is off inside.
 
     Raises ValueError for another dtype, a tokenizer that is not the model's, or without captions;
@@ -246,10 +247,12 @@ class T5TextEncoder(nn.Module):
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         _check_captions(captions)
         ids, mask = self._tokenize(captions)
+        longest = _padded_length(int(mask.sum(1).max()), self.max_tokens)  # here: no GPU waits
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         seen = None if self.attend_to_padding else mask
         with without_autocast(ids):
-            hidden = self.model(input_ids=ids, attention_mask=seen).last_hidden_state  # (B, L, E)
-        return hidden, mask
+            hidden = self.model(input_ids=ids, attention_mask=seen).last_hidden_state
+        return hidden[:, :longest], mask[:, :longest]  # whatever it saw: the rest is padding
 
     def _check_vocabulary(self, name: str) -> None:
         """Without tokenizer files transformers makes one that maps every word to "unknown"."""
@@ -267,8 +270,7 @@ class T5TextEncoder(nn.Module):
             max_length=self.max_tokens,
             return_tensors="pt",
         )
-        ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
-        return ids.to(self.model.device), mask.to(self.model.device)
+        return tokens["input_ids"], tokens["attention_mask"].bool()
 
 
 def _check_captions(captions: Sequence[str]) -> None:

@@ -4,7 +4,9 @@ B batch, H W token grid, N = H*W tokens, D width, L text length, E text width, K
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -214,8 +216,8 @@ class MaskedTransformer(nn.Module):
     def forward(self, ids: Tensor, text: Tensor, text_mask: Tensor) -> TransformerOutput:
         return self.forward_context(ids, self.encode_text(text, text_mask))
 
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
+    def _blocks(self) -> Iterable[Block]:
+        return cast(Iterable[Block], self.blocks)  # or what wraps one, such as torch.compile's
 
     def _positions(self, ids: Tensor) -> Tensor:
         height, width = ids.shape[1:]

@@ -12,6 +12,7 @@ from torch import Tensor
 from dcar.errors import DataError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.last_checkpoint import LastCheckpoint
+from dcar.models.discriminator import PatchDiscriminator
 from dcar.models.kmeans import kmeans
 from tests.toys import CODES, ToyData, ToyImages, collate, toy_stage, toy_trainer, weights
 
@@ -64,11 +65,16 @@ def test_the_discriminator_joins_at_its_step() -> None:
     assert any(not torch.equal(module.state_dict()[name], before[name]) for name in names)
 
 
-def test_the_discriminator_s_step_tells_real_pictures_from_made_ones() -> None:
-    """Its own hinge loss alone moves it, and that by the pictures from before the step."""
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_discriminator_s_step_tells_real_pictures_from_made_ones(norm: str) -> None:
+    """Its own hinge loss alone moves it, and that by the pictures from before the step.
+
+    Real and made pictures are not in one batch, whose norm would even out their difference.
+    """
     module = toy_stage(
         2,
         adversarial=True,
+        discriminator=PatchDiscriminator(width=16, layers=2, norm=norm),
         norm="ln2d",
         gradient_clip=None,
         optimizer=partial(torch.optim.SGD, lr=0.5),

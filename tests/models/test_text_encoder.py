@@ -114,6 +114,17 @@ def test_by_default_padding_is_attended_to_and_of_fixed_length(folder: str) -> N
     assert not torch.allclose(hidden[0, :6], long(["a cat"])[0][0, :6], atol=1e-4)
 
 
+def test_padding_that_no_caption_of_the_batch_needs_is_attended_to_and_not_returned(
+    folder: str,
+) -> None:
+    encoder = T5TextEncoder(folder, max_tokens=20)
+    hidden, mask = encoder(["a cat", "a dog"])
+    assert hidden.shape == (2, 8, 16) and mask.shape == (2, 8)  # six tokens, rounded up
+    ids = encoder.tokenizer(["a cat"], padding="max_length", max_length=20, return_tensors="pt")
+    seen = encoder.model(input_ids=ids["input_ids"]).last_hidden_state[:, :8]
+    assert torch.allclose(hidden[:1], seen, atol=1e-5)
+
+
 def test_without_attention_to_padding_its_length_does_not_matter(folder: str) -> None:
     encoder = T5TextEncoder(folder, max_tokens=20, attend_to_padding=False)
     alone, _ = encoder(["a cat"])

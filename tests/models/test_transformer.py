@@ -46,6 +46,24 @@ def test_the_forward_pass_is_embeddings_and_positions_through_all_blocks() -> No
     assert not torch.allclose(moved.mean(1), hidden.mean(1), atol=1e-3)  # positions matter
 
 
+def test_a_block_within_another_module_is_still_run() -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: Block):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:  # as torch.compile's
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return self.inner(*arguments)
+
+    model, arguments = tiny(), inputs()
+    expected = model(*arguments).logits
+    model.blocks[1] = Wrapped(model.blocks[1])
+    assert torch.equal(model(*arguments).logits, expected)
+
+
 def test_outputs_have_their_shapes_on_a_grid_that_is_not_square() -> None:
     ids, text, mask = inputs()
     output = tiny()(ids, text, mask)
