@@ -43,8 +43,8 @@ lint: $(STAMP)  ## format check, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-tensorboard: $(STAMP)  ## curves and pictures of every run, on http://localhost:6006
-	$(BIN)/tensorboard --logdir $(OUTPUTS)
+tensorboard: $(STAMP)  ## curves and pictures of every run, on http://localhost:6006 (or PORT)
+	$(BIN)/tensorboard --logdir $(OUTPUTS) $(if $(PORT),--port $(PORT))
 
 embedded-data: $(STAMP)  ## rebuild assets/emoji from the packages it is made of, byte for byte
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[emoji]"

@@ -1,5 +1,6 @@
 """Prompt to picture: `DCARPipeline.from_pretrained("mini")("a red apple, flat style")`."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -68,7 +69,7 @@ class DCARPipeline:
         Raises ValueError naming the argument that cannot be used.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
+        seeds = seed_of_each(seeds, len(prompts))
         if not prompts:
             raise ValueError("prompts is empty")
         if len(seeds) != len(prompts):
@@ -115,6 +116,15 @@ class DCARPipeline:
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def seed_of_each(seeds: Any, count: int) -> list[int]:
+    """Plain integers: those given, or as many as `count` from a single one; NumPy's will do."""
+    try:
+        first = operator.index(seeds)
+    except TypeError:
+        return [operator.index(seed) for seed in seeds]
+    return list(range(first, first + count))
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

@@ -53,7 +53,10 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of prompts, from the same tokens with and without the residual."""
+    """Pictures of prompts, from the same tokens with and without the residual.
+
+    seconds: of drawing the hybrid ones.
+    """
 
     hybrid: list[Image.Image]
     discrete: list[Image.Image]
@@ -124,20 +127,27 @@ def draw(
 ) -> Drawn:
     """A picture a prompt; prompt n has seed `seed` + n, whatever is in its batch."""
     side = pipeline.model.size // pipeline.model.tokenizer.downsample
-    hybrid, discrete, start = [], [], time.perf_counter()
+    hybrid, discrete, seconds = [], [], 0.0
     for part in chunks(len(asked), batch_size):
         prompts = [one.caption for one in asked[part]]
         seeds = [seed + number for number in range(len(asked))[part]]
+        start = time.perf_counter()
         tokens = pipeline.tokens(prompts, seeds=seeds, grid=(side, side), settings=settings)
         hybrid += list(map(to_pil, pipeline.decode(tokens)))
+        seconds += time.perf_counter() - start
         discrete += list(map(to_pil, pipeline.decode(Tokens(tokens.ids, None))))
-    return Drawn(hybrid, discrete, time.perf_counter() - start)
+    return Drawn(hybrid, discrete, seconds)
 
 
-def distances(asked: Sequence[Asked], drawn: Drawn) -> dict[str, float]:
-    """Frechet distances to the true pictures of the single drawings, by source, on MobileNetV2."""
+def distance_metric() -> FrechetDistances:
+    """On MobileNetV2 features; it remembers those of true pictures."""
+    return FrechetDistances(fid_features("mobilenetv2"), ["hybrid", "discrete"])
+
+
+def distances(metric: FrechetDistances, asked: Sequence[Asked], drawn: Drawn) -> dict[str, float]:
+    """Frechet distances to the true pictures of the single drawings, by source."""
     rows = [row for row, one in enumerate(asked) if one.group in PAIRS]
-    metric = FrechetDistances(fid_features("mobilenetv2"), ["hybrid", "discrete"])
+    metric.reset()
     for part in chunks(len(rows), 64):
         metric.update_real(as_pixels([asked[row].real for row in rows[part]]))
         for source in metric.metrics:
@@ -169,6 +179,7 @@ def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     settings = pipeline.settings(steps=config.steps, guidance=config.guidance)
     side = pipeline.model.size
     asked = read_asked(config, side)
+    examiner.check(asked)
     if options.dry_run:
         asked = asked[:: max(1, len(asked) // 4)]
     rank_zero_info(f"{len(asked)} prompts, {settings.steps} steps, guidance {settings.guidance}")
@@ -192,7 +203,7 @@ def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
         "overall": {source: overall(groups) for source, groups in scored.items()}
         if config.scenes
         else None,
-        "fid_mobilenetv2": distances(asked, drawn) | {"images": pairs_in(asked)},
+        "fid_mobilenetv2": distances(distance_metric(), asked, drawn) | {"images": pairs_in(asked)},
         "seconds_per_image": drawn.seconds / len(asked),
         "device": str(pipeline.device),
         "judge": examiner.judge.figures,

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from dcar.lit.judge import JudgeTraining
 from dcar.models.judge import save_judge
 from experiments.components import build
-from experiments.config import ConfigError
+from experiments.config import ConfigError, check_writable
 from experiments.run import RunOptions
 from experiments.strategy import device_count
 from experiments.train import train
@@ -27,10 +27,11 @@ def judge(config: DictConfig, options: RunOptions) -> None:
         raise ConfigError(
             f"trainer.devices={config.trainer.devices}: a judge trains in one process"
         )
+    check_writable(config.weights, "weights")
     train(config, options)
     folder = Path(config.output_dir)
     facts_file, last = folder / "metrics.json", folder / "checkpoints" / "last.ckpt"
-    if options.dry_run or not facts_file.is_file():  # other ranks of a training may be ahead
+    if options.dry_run:
         return
     facts = json.loads(facts_file.read_text())
     module: JudgeTraining = build(config.module)

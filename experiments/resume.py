@@ -83,10 +83,11 @@ def finished(path: Path | None, config: DictConfig) -> bool:
     return bool(read_checkpoint(path, mapped=True)["global_step"] >= config.max_steps)
 
 
-def first_logged_step(checkpoint: dict[str, Any]) -> int:
+def first_logged_step(checkpoint: dict[str, Any], accumulate: int = 1) -> int:
     """The step at which a run resumed from `checkpoint` logs first: TensorBoard's `purge_step`.
 
-    Lightning numbers what it logs by batches, and counts a batch after the hook that saves it.
+    Lightning numbers what it logs by batches, of which `accumulate` come to a step, and counts a
+    batch after the hook that saves it.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
-    return int(progress["_batches_that_stepped"]) + 1
+    return (int(progress["_batches_that_stepped"]) + 1) // accumulate

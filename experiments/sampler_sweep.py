@@ -14,13 +14,14 @@ from PIL import Image
 
 from dcar.evaluation.charts import DPI, LIGHT, dress, to_png
 from dcar.evaluation.compositional import Asked, Examiner, named, scores
+from dcar.evaluation.fid import FrechetDistances
 from dcar.evaluation.sheets import captioned_grid, save_png
 from dcar.models.judge import load_judge
 from dcar.models.sampler import SamplerSettings
 from dcar.pipeline import DCARPipeline
 from experiments.compositional import (
-    Drawn,
     check_counts,
+    distance_metric,
     distances,
     draw,
     markdown_table,
@@ -57,17 +58,20 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
         tried, asked = {name: values[:1] for name, values in tried.items()}, asked[:2]
     folder, rows = Path(config.out), []
     facts = {"checkpoint": config.ckpt, "seed": config.seed, "base": asdict(base)}
-    measured = cache(partial(measure, config, pipeline, examiner, asked))  # the base comes again
+    measured = cache(  # the base comes again
+        partial(measure, config, pipeline, examiner, distance_metric(), asked)
+    )
     for name, values in tried.items():
         strips = []
         for settings in values:
-            figures, drawn = measured(settings)
+            figures, shown = measured(settings)
             row = {"setting": name, "value": getattr(settings, name), **figures}
             rank_zero_info(line_of(row))
             rows.append(row)
-            strips.append(drawn.hybrid)
+            strips.append(shown)
         if not options.dry_run:
-            save_strips(folder, name, values, asked, strips, config.pictures)
+            captions = [asked[row].caption for row in shown_rows(len(asked), config.pictures)]
+            save_strips(folder, name, values, captions, strips)
             write(folder, rows, facts)  # after each setting: it takes long, and may be stopped
             (folder / f"{name}_curve.png").write_bytes(curve_png(name, rows[-len(values) :]))
     return rows
@@ -91,19 +95,26 @@ def measure(
     config: DictConfig,
     pipeline: DCARPipeline,
     examiner: Examiner,
+    metric: FrechetDistances,
     asked: Sequence[Asked],
     settings: SamplerSettings,
-) -> tuple[dict[str, Any], Drawn]:
-    """The figures of a row, and what was drawn for it."""
+) -> tuple[dict[str, Any], list[Image.Image]]:
+    """The figures of a row, and the pictures that are shown of it."""
     drawn = draw(pipeline, asked, settings, seed=config.seed, batch_size=config.batch_size)
     scored = scores(asked, examiner.findings(asked, drawn.hybrid))
     row = {
         "images": len(asked),
         "scores": scored,
-        "fid_mobilenetv2": distances(asked, drawn),
+        "fid_mobilenetv2": distances(metric, asked, drawn),
         "seconds_per_image": drawn.seconds / len(asked),
     }
-    return row, drawn
+    return row, [drawn.hybrid[row] for row in shown_rows(len(asked), config.pictures)]
+
+
+def shown_rows(total: int, shown: int) -> list[int]:
+    """Which of `total` pictures are shown, spread over all."""
+    shown = min(shown, total)
+    return [number * total // shown for number in range(shown)]
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -131,20 +142,13 @@ def save_strips(
     folder: Path,
     name: str,
     values: Sequence[SamplerSettings],
-    asked: Sequence[Asked],
+    captions: Sequence[str],
     strips: Sequence[Sequence[Image.Image]],
-    shown: int,
 ) -> None:
     """The same prompts under every value: a row a value."""
-    shown = min(shown, len(asked))
-    rows = [number * len(asked) // shown for number in range(shown)]
-    pictures = [strip[row] for strip in strips for row in rows]
-    captions = [
-        f"{name} {getattr(settings, name)}: {asked[row].caption}"
-        for settings in values
-        for row in rows
-    ]
-    sheet = captioned_grid(pictures, captions, columns=len(rows))
+    pictures = [picture for strip in strips for picture in strip]
+    named = [f"{name} {getattr(one, name)}: {caption}" for one in values for caption in captions]
+    sheet = captioned_grid(pictures, named, columns=len(captions))
     save_png(sheet, folder / f"{name}.png", {"setting": name})
 
 
@@ -159,17 +163,21 @@ def curve_png(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Concepts found among the judge's five likeliest, and FID, over the values of a setting."""
     figure = Figure(figsize=(9.2, 2.9), dpi=DPI, layout="constrained", facecolor=LIGHT.paper)
     label = name.replace("_", " ")
-    values = [row["value"] for row in rows]  # names too, which come side by side
+    values = [row["value"] for row in rows]
+    is_number = all(isinstance(value, int | float) for value in values)
+    places = values if is_number else range(len(values))  # names come side by side
     shares, fid = figure.subplots(1, 2)
     dress(shares, LIGHT, title="Concept among the five likeliest", x_label=label, y_label="share")
     for color, group in zip(LIGHT.lines, rows[0]["scores"], strict=False):
         top5 = [row["scores"][group]["concept_top5"] for row in rows]
-        shares.plot(values, top5, marker=".", color=color, label=group)
+        shares.plot(places, top5, marker=".", color=color, label=group)
     shares.set_ylim(0, 1)
     shares.legend(fontsize=8, frameon=False, labelcolor=LIGHT.ink)
     dress(fid, LIGHT, title="FID, MobileNetV2 features", x_label=label, y_label="FID")
     for color, source in zip(LIGHT.lines, ("hybrid", "discrete"), strict=False):
         found = [row["fid_mobilenetv2"][source] for row in rows]
-        fid.plot(values, found, marker=".", color=color, label=source)
+        fid.plot(places, found, marker=".", color=color, label=source)
     fid.legend(fontsize=8, frameon=False, labelcolor=LIGHT.ink)
+    for axes in (shares, fid):
+        axes.set_xticks(places, [str(value) for value in values])
     return to_png(figure)

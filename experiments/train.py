@@ -41,7 +41,8 @@ def build_logger(node: DictConfig, resume: Path | None) -> Any:
     """TensorBoard forgets what was logged after the checkpoint, which is logged again."""
     if resume is None or not node._target_.endswith("TensorBoardLogger"):
         return build(node)
-    return build(node, purge_step=first_logged_step(read_checkpoint(resume, mapped=True)))
+    checkpoint = read_checkpoint(resume, mapped=True)
+    return build(node, purge_step=first_logged_step(checkpoint, node.get("accumulate", 1)))
 
 
 def build_trainer(

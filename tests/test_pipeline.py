@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dcar.pipeline import DCARPipeline
 from tests.toys import SIZE, toy_model
@@ -27,6 +28,8 @@ def test_an_image_depends_on_its_own_seed_and_prompt_alone(pipeline: DCARPipelin
     alone = pipeline("a cat", seeds=7)[0]
     together = pipeline(["a dog", "a cat", "a rather long bird"], seeds=[1, 7, 3], batch_size=2)
     assert np.array_equal(pixels(alone), pixels(together[1]))
+    for seeds in (np.int64(7), torch.tensor(7), np.array([7]), torch.tensor([7])):
+        assert np.array_equal(pixels(alone), pixels(pipeline("a cat", seeds=seeds)[0]))
     assert not np.array_equal(pixels(alone), pixels(pipeline("a cat", seeds=8)[0]))
 
 
@@ -47,6 +50,7 @@ def test_a_saved_pipeline_draws_the_same_picture(pipeline: DCARPipeline, tmp_pat
         ("prompts", {"prompts": []}),
         ("seeds", {"seeds": [1, 2]}),
         ("seeds", {"seeds": -1}),
+        ("seeds", {"seeds": np.array([1, 2])}),
         ("steps", {"steps": 0}),
         ("steps", {"steps": -1}),
         ("guidance", {"guidance": float("nan")}),

@@ -13,19 +13,32 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from dcar.data.samples import image_bytes
+from dcar.data.shard_set import ShardSet
+from dcar.data.transforms import to_unit_range
 from dcar.errors import CheckpointError
+from dcar.evaluation.compositional import Examiner, as_pixels, scores
 from dcar.models.checkpoints import PARTS, load_model, save_model, shipped_models
 from dcar.models.judge import load_judge
 from dcar.models.weights_io import SHIPPED
 from dcar.pipeline import DCARPipeline
 from experiments.components import build
-from experiments.compositional import markdown_table, score_rows
+from experiments.compositional import (
+    draw,
+    markdown_table,
+    open_pipeline,
+    places_of,
+    read_asked,
+    resized,
+    score_rows,
+)
 from experiments.config import load_config
 from experiments.run import main
 from experiments.train import model_config
 from tests.toys import ROOT, SIZE, toy_model
 
 FOLDER = SHIPPED / "mini"
+MINI = (ROOT / "docs/mini.md").read_text()
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -94,6 +107,36 @@ def test_its_pages_carry_the_results_that_come_with_it(page: Path) -> None:
     assert results["checkpoint"] == "mini" and results["images"] == 200 + 489 + 6 * 40
     assert results["judge"] == load_judge().figures
     assert markdown_table(score_rows(results)) in page.read_text()
+
+
+@pytest.mark.slow
+def test_its_pictures_are_as_good_as_its_card_says() -> None:
+    """Some of the prompts; shares of 80 pictures have a standard error of 5 points at most."""
+    published = json.loads((FOLDER / "results.json").read_text())["scores"]["hybrid"]
+    config = load_config("eval/compositional", ["known=80", "heldout=80", "scenes=0"])
+    pipeline, examiner = open_pipeline(config), Examiner(load_judge())
+    asked = read_asked(config, pipeline.model.size)
+    drawn = draw(pipeline, asked, pipeline.settings(), seed=0, batch_size=32)
+    found = scores(asked, examiner.findings(asked, drawn.hybrid))
+    for group in ("known", "heldout"):
+        for share in ("concept_top1", "concept_top5", "style_top1"):
+            assert found[group][share] == pytest.approx(published[group][share], abs=0.15)
+
+
+@pytest.mark.slow
+def test_its_tokenizer_is_as_good_as_its_page_says() -> None:
+    told = re.findall(r"\| (?:codes alone|codes and residual) \| ([\d.]+) dB", MINI)
+    shards = ShardSet(str(ROOT / "assets/emoji/val-*.tar"))
+    pictures = [resized(image_bytes(shards.read(*place)), 64) for place in places_of(shards)]
+    image = to_unit_range(as_pixels(pictures))
+    tokenizer, errors = load_model("mini").tokenizer, []
+    for part in image.split(64):
+        latents = tokenizer.encode(part)
+        paths = [tokenizer.decode(each) for each in (latents.discrete, latents.continuous)]
+        made = torch.stack(paths).clamp(-1, 1)
+        errors.append((made - part).square().flatten(2).mean(2))  # (2, B)
+    psnr = (10 * (4 / torch.cat(errors, 1)).log10()).mean(1)
+    assert psnr.tolist() == pytest.approx([float(figure) for figure in told], abs=0.4)
 
 
 @pytest.mark.slow

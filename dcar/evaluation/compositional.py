@@ -17,6 +17,7 @@ from dcar.data.scenes import Scene, SceneSet
 from dcar.data.transforms import to_unit_range
 from dcar.models.judge import Judge, Verdict
 
+PATIENCE = 100  # scenes drawn for each one of a group, until one without any is given up
 PRESENT = 5  # an object is there if it is among as many likeliest concepts
 # Squares of the picture: left, top and side, in shares of its side
 SQUARES = {
@@ -90,14 +91,21 @@ def asked_of(scene: Scene) -> Asked:
 
 
 def scenes_of(scenes: SceneSet, each: int) -> list[Asked]:
-    """The first `each` of every group of SCENES, in the order of the set's numbers."""
+    """The first `each` of every group of SCENES, in the order of the set's numbers.
+
+    Raises ValueError where a set of that kind does not have so many.
+    """
     found: dict[str, list[Asked]] = {group: [] for group in SCENES}
     for number in range(sum(scenes.counts)):
         if all(len(group) == each for group in found.values()):
             break
+        if number == PATIENCE * each and not all(found.values()):
+            break
         asked = asked_of(scenes.scene(number))
         if len(found[asked.group]) < each:
             found[asked.group].append(asked)
+    if short := [f"{len(asked)} of {group}" for group, asked in found.items() if len(asked) < each]:
+        raise ValueError(f"scenes={each} of each group are asked for; found {', '.join(short)}")
     return [asked for group in found.values() for asked in group]
 
 
@@ -163,17 +171,23 @@ class Examiner:
 
     def findings(self, asked: Sequence[Asked], pictures: Sequence[Image]) -> list[Finding]:
         """One a picture; of two ways to take the places, the one that fits better."""
-        if unknown := {slug for one in asked for slug in one.concepts} - self.label.keys():
-            raise ValueError(f"the judge does not know {sorted(unknown)[:5]}")
+        self.check(asked)
         pixels = as_pixels(pictures)
         images = to_unit_range(pixels)
         whole = self.verdicts(images)
-        logits = {"whole": whole.concept}
+        logits = {"whole": dict(enumerate(whole.concept))}
         for place in {place for one in asked for place in one.places} - {"whole"}:
-            logits[place] = self.verdicts(square(images, place)).concept
+            rows = [row for row, one in enumerate(asked) if place in one.places]
+            seen = self.verdicts(square(images[rows], place))
+            logits[place] = dict(zip(rows, seen.concept, strict=True))
         return [
             self._finding(one, row, pixels[row], whole, logits) for row, one in enumerate(asked)
         ]
+
+    def check(self, asked: Sequence[Asked]) -> None:
+        """Raises ValueError for concepts that the judge does not know."""
+        if unknown := {slug for one in asked for slug in one.concepts} - self.label.keys():
+            raise ValueError(f"the judge does not know {sorted(unknown)[:5]}")
 
     def _finding(
         self,
@@ -181,7 +195,7 @@ class Examiner:
         row: int,
         pixels: Tensor,
         whole: Verdict,
-        logits: Mapping[str, Tensor],
+        logits: Mapping[str, Mapping[int, Tensor]],  # of each place, by row
     ) -> Finding:
         def seen(places: tuple[str, ...]) -> Finding:
             ranks = (

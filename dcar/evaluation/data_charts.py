@@ -1,6 +1,5 @@
 """Pictures of a data set: histograms of what its shards hold, and a contact sheet of samples."""
 
-from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +14,11 @@ from matplotlib.ticker import (
     NullLocator,
     StrMethodFormatter,
 )
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from dcar.data.stats import Stats, histogram
 from dcar.evaluation.charts import DPI, LIGHT, PANEL_SIZE, Theme, dress, to_png
-from dcar.evaluation.sheets import sans
+from dcar.evaluation.sheets import sans, wrap
 
 COLUMNS = 3
 MOST_BARS = 10  # of a bar chart; the longest ones
@@ -148,32 +147,6 @@ class Cell:
     caption: str = ""
     picture: Image.Image | None = None
     fault: str = ""
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
-    """Lines of at most `width` pixels, the last of `most` ending in "…" where more would follow."""
-    lines: list[str] = []
-    line = ""
-    for word in text.split():
-        if len(lines) > most:  # the rest will not be shown
-            break
-        longer = f"{line} {word}".lstrip()
-        if line and font.getlength(longer) > width:
-            lines.append(line)
-            longer = word
-        while len(lines) <= most and font.getlength(longer) > width:  # a word wider than the line
-            widths = range(1, len(longer) + 1)
-            fits = max(1, bisect(widths, float(width), key=lambda n: font.getlength(longer[:n])))
-            lines.append(longer[:fits])
-            longer = longer[fits:]
-        line = longer
-    lines += [line] if line else []
-    if len(lines) > most:
-        last = f"{lines[most - 1]} …"
-        while font.getlength(last) > width:
-            last = f"{last[:-2].rstrip()}…"
-        lines = [*lines[: most - 1], last]
-    return lines
 
 
 def contact_sheet(cells: Sequence[Cell], *, columns: int = 8, side: int = 224) -> Image.Image:

@@ -1,6 +1,7 @@
 """Pictures on paper: sheets of them with captions, and PNG files that carry their settings."""
 
 import io
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from dcar.data.storage import write_atomically
 
 LANCZOS = Image.Resampling.LANCZOS
+CAPTION_LINES = 2
 
 
 def save_png(picture: Image.Image, path: str | Path, facts: Mapping[str, object]) -> None:
@@ -35,7 +37,8 @@ def captioned_grid(
         page.paste(
             ImageOps.pad(picture.convert("RGB"), (side, side), LANCZOS, "white"), (left, top)
         )
-        draw.text((left + 4, top + side + 2), wrapped(caption, font, side - 8), "black", font)
+        lines = wrap(caption, font, side - 8, CAPTION_LINES)
+        draw.text((left + 4, top + side + 2), "\n".join(lines), "black", font)
     return page
 
 
@@ -46,26 +49,27 @@ def sans(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
-def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """At most two lines that fit `width` pixels; an ellipsis stands for what does not."""
-    lines = [""]
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """Lines of at most `width` pixels, the last of `most` ending in "…" where more would follow."""
+    lines: list[str] = []
+    line = ""
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(_shortened(word, font, width))
-    lines = [line for line in lines if line]
-    if len(lines) > 2:
-        lines[1] = _shortened(f"{lines[1]} …", font, width)
-    return "\n".join(lines[:2])
-
-
-def _shortened(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The line, or as much of its start as fits before an ellipsis."""
-    if font.getlength(line) <= width:
-        return line
-    kept = line.removesuffix("…")
-    while kept and font.getlength(f"{kept.rstrip()}…") > width:
-        kept = kept[:-1]
-    return f"{kept.rstrip()}…"
+        if len(lines) > most:  # the rest will not be shown
+            break
+        longer = f"{line} {word}".lstrip()
+        if line and font.getlength(longer) > width:
+            lines.append(line)
+            longer = word
+        while len(lines) <= most and font.getlength(longer) > width:  # a word wider than the line
+            widths = range(1, len(longer) + 1)
+            fits = max(1, bisect(widths, float(width), key=lambda n: font.getlength(longer[:n])))
+            lines.append(longer[:fits])
+            longer = longer[fits:]
+        line = longer
+    lines += [line] if line else []
+    if len(lines) > most:
+        last = f"{lines[most - 1]} …"
+        while font.getlength(last) > width:
+            last = f"{last[:-2].rstrip()}…"
+        lines = [*lines[: most - 1], last]
+    return lines

@@ -1,7 +1,7 @@
 """TensorBoard's logger, for trainings that outlive a full disk."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -44,7 +44,17 @@ class ForgivingWriter:
 
 
 class TensorBoardLogger(loggers.TensorBoardLogger):
-    """Lightning's, except that an error of the disk ends the log and not the training."""
+    """Lightning's, but an error of the disk ends the log alone, and steps are optimizer steps.
+
+    accumulate: batches to an optimizer step; Lightning counts batches.
+    """
+
+    def __init__(self, *args: Any, accumulate: int = 1, **options: Any):
+        super().__init__(*args, **options)
+        self.accumulate = accumulate
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        super().log_metrics(dict(metrics), None if step is None else step // self.accumulate)
 
     @property
     @rank_zero_experiment

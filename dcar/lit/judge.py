@@ -72,7 +72,8 @@ class JudgeTraining(BaseModule):
     """Trains a `Judge` on batches of views.
 
     judge: partial that takes `concepts` and `styles`. concepts: the json file of these names.
-    keeps_levels: what the frozen network sees in a view is computed once, 13 KB a view.
+    keeps_levels: what the frozen network sees in a view is computed once, 13 KB a view: for views
+        that come again.
     smoothing: of the concepts' labels. weights: of the losses of the three heads.
     Of each validation set it logs `concept_top1`, `concept_top5`, `style_top1` and `count`, shares
     of the pictures that have such a label in [0, 1]; what no picture has a label for is left out.

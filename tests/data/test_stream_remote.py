@@ -18,7 +18,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 def remote(server: FaultyServer, cache: Path, **options) -> ShardSet:
-    store = ShardCache(cache, attempts=3, backoff=0.01, timeout=1.0)
+    store = ShardCache(cache, attempts=3, backoff=0.01, timeout=3.0)
     urls = [server.url(f"s{shard}-000000.tar") for shard in range(4)]
     return ShardSet(urls, cache=store, **options)
 

@@ -25,7 +25,7 @@ from dcar.evaluation.compositional import (
     scores,
     square,
 )
-from dcar.models.judge import Judge, load_judge
+from dcar.models.judge import Judge, Verdict, load_judge
 from tests.toys import ROOT
 
 EMOJI = ROOT / "assets" / "emoji"
@@ -75,6 +75,41 @@ def test_what_is_asked_is_what_the_scene_holds(scene_set: SceneSet) -> None:
             if place in ("top", "bottom"):
                 assert (middle[1] < 32) == (place == "top")
     assert groups == set(SCENES)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"coloured": 0.0}, "found 0 of colours"),
+        ({"kinds": {"single": 1.0}}, "0 of two objects, 0 of counting"),
+        ({"scenes": 20}, "scenes=25 of each group are asked for; found "),
+    ],
+)
+def test_a_group_without_enough_scenes_is_named(options: dict, message: str) -> None:
+    given = {"concepts": EMOJI / "concepts.json", "scenes": 4000, "side": 16} | options
+    with pytest.raises(ValueError, match=message):
+        scenes_of(SceneSet(f"{EMOJI}/val-*.tar", **given), EACH)
+
+
+class Counting(Judge):
+    """How many pictures were looked at."""
+
+    looked = 0
+
+    def forward(self, image: torch.Tensor) -> Verdict:
+        self.looked += len(image)
+        return super().forward(image)
+
+
+def test_a_picture_is_looked_at_where_something_is_asked_of_it_alone(asked: list[Asked]) -> None:
+    some = asked[:3] + [one for one in asked if one.group == "position"][:4]
+    shipped = load_judge()
+    expected = Examiner(shipped).findings(some, [one.real for one in some])
+    counting = load_judge()
+    counting.__class__ = Counting
+    found = Examiner(counting, batch_size=2).findings(some, [one.real for one in some])
+    assert found == expected
+    assert counting.looked == len(some) + sum(len(one.places) for one in some[3:])
 
 
 def test_a_caption_that_says_no_order_may_be_drawn_in_either(asked: list[Asked]) -> None:

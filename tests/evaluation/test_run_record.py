@@ -40,11 +40,14 @@ def test_speed_is_the_median_and_unknown_without_a_curve() -> None:
 
 def test_a_resumed_run_s_event_files_are_one_curve(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"steps": 4, "metrics": {"val/token": 2.5}}))
+    folder = tmp_path / "tensorboard"
     for part, steps in enumerate(([0, 1], [2, 3])):
-        board = SummaryWriter(str(tmp_path / "tensorboard"), filename_suffix=f".{part}")
+        board = SummaryWriter(str(folder), filename_suffix=f".{part}")
         for step in steps:
             board.add_scalar("train/loss", 10 - step, step)
         board.close()
+        (written,) = folder.glob(f"*.{part}")  # read in the order of their seconds, here the same
+        written.rename(folder / f"events.out.tfevents.{part}.done")
     run = read_run(tmp_path, name="run")
     assert run.steps == 4 and run.metrics == {"val/token": 2.5}
     assert run.curves["train/loss"] == Curve([0, 1, 2, 3], [10.0, 9.0, 8.0, 7.0])

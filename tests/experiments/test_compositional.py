@@ -54,6 +54,20 @@ def test_results_say_what_was_measured_and_how(out: Path, folder: Path) -> None:
     assert results["fid_mobilenetv2"]["hybrid"] > 0 and results["judge"]
 
 
+def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    for given, message in (
+        (["data.scenes.coloured=0"], "found 0 of colours"),
+        ([f"out={folder}/config.json"], "config.json is no folder"),
+    ):
+        arguments = [f"ckpt={folder}", f"out={tmp_path}/new", *SMALL, *given]
+        assert main(["--exp=eval/compositional", *arguments]) == 2
+        told = capsys.readouterr()
+        assert message in told.err and "prompts," not in told.out + told.err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_the_table_says_what_the_results_say(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())

@@ -40,6 +40,16 @@ def test_the_command_leaves_a_judge_with_its_figures(tmp_path: Path) -> None:
     assert path.read_bytes() == first
 
 
+def test_a_place_where_no_weights_can_lie_is_refused_before_training(
+    tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    place = f"weights={tmp_path}/file/judge.safetensors"
+    assert main(["--exp=judge", f"outputs={tmp_path}/new", place]) == 2
+    assert f"{tmp_path}/file is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_several_processes_are_refused(tmp_path: Path, capsys) -> None:
     """They would all see the same views."""
     assert main(["--exp=judge", f"outputs={tmp_path}", "trainer.devices=2"]) == 2

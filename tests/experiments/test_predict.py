@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from experiments.predict import PATIENCE, resolve_strategy
 from experiments.run import main
 from tests.prediction_toys import UNEVEN, shard_bytes, tokenizer_checkpoint, write_pictures
+from tests.servers import free_ports
 from tests.toys import ROOT, SIZE
 
 
@@ -44,7 +45,7 @@ def command(toys: Path, out: Path, *overrides: str) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    ports = {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    ports = {"MASTER_PORT": str(free_ports(1)[0])}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.run", *arguments],
         cwd=ROOT,

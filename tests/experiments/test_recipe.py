@@ -41,19 +41,18 @@ def test_what_the_recipe_says_goes_before_what_a_training_s_own_file_says() -> N
 
 def start(folder: Path, *steps: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.run", "--exp=quickstart", f"outputs={folder}"]
-    command.append("overrides=trainer.limit_val_batches=1")
+    command.append("overrides=trainer.limit_val_batches=1 save_every=1")
     return subprocess.Popen(
         [*command, *steps], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
-def interrupt_in(run: str, process: subprocess.Popen, folder: Path, *, after: float) -> None:
-    """Ctrl-C so many seconds after `run` has begun, which ends the process with 130."""
+def interrupt_in(run: str, process: subprocess.Popen, folder: Path) -> None:
+    """Ctrl-C once `run` has taken a step, which ends the process with 130."""
     deadline = time.monotonic() + 240
-    while not (folder / f"quickstart/{run}/config.yaml").exists():
+    while not (folder / f"quickstart/{run}/checkpoints/last.ckpt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
-        time.sleep(0.5)
-    time.sleep(after)
+        time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=240)
     assert process.returncode == 130, error[-2000:]
@@ -66,10 +65,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
         tmp_path / f"quickstart/{run}/checkpoints/last.ckpt" for run in ("stage1", "stage2")
     )
     first = start(tmp_path, "steps.stage1=4", "steps.stage2=4000")
-    interrupt_in("stage2", first, tmp_path, after=15)
+    interrupt_in("stage2", first, tmp_path)
     assert stage2.exists()
     before = stage1.stat().st_mtime_ns
-    second = start(tmp_path, *(f"steps.{run}=4" for run in RUNS))
-    interrupt_in("stage3", second, tmp_path, after=5)
+    second = start(tmp_path, *(f"steps.{run}={4000 if run == 'stage3' else 4}" for run in RUNS))
+    interrupt_in("stage3", second, tmp_path)
     assert stage1.stat().st_mtime_ns == before
     assert (tmp_path / "quickstart/stage2/metrics.json").is_file()

@@ -145,3 +145,5 @@ def test_a_run_is_finished_once_its_steps_are_taken_and_its_metrics_written(fold
 def test_the_batch_that_is_saved_is_logged_already() -> None:
     progress = {"epoch_loop.state_dict": {"_batches_that_stepped": 4}}
     assert first_logged_step({"loops": {"fit_loop": progress}}) == 5
+    progress["epoch_loop.state_dict"]["_batches_that_stepped"] = 11  # the last of the third step
+    assert first_logged_step({"loops": {"fit_loop": progress}}, 4) == 3

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcar.evaluation.compositional import Asked
 from dcar.models.checkpoints import save_model
 from dcar.models.sampler import SamplerSettings
 from experiments.run import main
-from experiments.sampler_sweep import markdown, save_strips
+from experiments.sampler_sweep import curve_png, markdown, save_strips, shown_rows
 from tests.toys import toy_model
 
 SMALL = ["known=2", "heldout=2", "pictures=2", "batch_size=4"]
@@ -68,15 +67,29 @@ def test_a_setting_or_value_there_is_not_is_exit_2(vary, message, folder, tmp_pa
 
 @pytest.mark.parametrize(("shown", "rows"), [(2, [0, 2]), (6, [0, 1, 2, 3])])
 def test_strips_show_different_prompts(shown: int, rows: list[int], tmp_path: Path) -> None:
-    pictures = [Image.new("RGB", (8, 8), (80 * number, 0, 0)) for number in range(4)]
-    asked = [
-        Asked("known", f"prompt {n}", ("a",), "flat", picture) for n, picture in enumerate(pictures)
-    ]
-    save_strips(tmp_path, "steps", [SamplerSettings()], asked, [pictures], shown)
+    assert shown_rows(4, shown) == rows
+    pictures = [Image.new("RGB", (8, 8), (80 * row, 0, 0)) for row in rows]
+    captions = [f"prompt {row}" for row in rows]
+    save_strips(tmp_path, "steps", [SamplerSettings()], captions, [pictures])
     with Image.open(tmp_path / "steps.png") as sheet:
         colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20)}
     assert {(80 * row, 0, 0) for row in rows if row} <= colours
     assert len(rows) == 4 or (240, 0, 0) not in colours
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.5, 0.8], [None, 1.0], ["confidence", "halton"]])
+def test_a_curve_marks_every_value_that_was_tried(values: list, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "experiments.sampler_sweep.to_png", lambda figure: seen.extend(figure.axes) or b""
+    )
+    shares = {"images": 2, "concept_top1": 0.25, "concept_top5": 0.5, "style_top1": 1.0}
+    fid = {"hybrid": 12.0, "discrete": 13.0}
+    rows = [{"value": v, "scores": {"known": shares}, "fid_mobilenetv2": fid} for v in values]
+    curve_png("residual_guidance", rows)
+    for axes in seen:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == [str(v) for v in values]
+        assert all(len(set(line.get_xdata())) == len(values) for line in axes.lines)
 
 
 def test_figures_of_a_row_stand_under_their_names() -> None:

@@ -28,6 +28,7 @@ from dcar.lit.checkpoint_io import DurableCheckpointIO, sweep
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.random_states import RandomStates
 from dcar.models.checkpoints import known_digests, read_checkpoint
+from tests.servers import free_ports
 from tests.toys import ToyData, toy_stage, toy_trainer
 
 
@@ -181,7 +182,7 @@ def train_rank(folder: Path, event: str, rank: int, port: int) -> int:
 
 
 def ranks(folder: Path, event: str) -> dict:
-    port = 20000 + os.getpid() % 20000
+    (port,) = free_ports(1)
     begun = time.monotonic()
     pids = [forked(train_rank, folder, event, rank, port) for rank in range(2)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

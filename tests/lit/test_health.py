@@ -215,7 +215,7 @@ def test_captions_without_effect_are_told_after_some_steps(told: Told) -> None:
 
 class SlowImages(ToyImages):
     def __getitem__(self, index: int) -> dict:
-        time.sleep(0.05)
+        time.sleep(0.15)
         return super().__getitem__(index)
 
 

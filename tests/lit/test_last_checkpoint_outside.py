@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcar.errors import CheckpointError, Interrupted
+from dcar.lit.board import TensorBoardLogger
 from dcar.lit.last_checkpoint import LastCheckpoint, step_files
 from dcar.models.checkpoints import file_digest, known_digests
 from experiments.resume import first_logged_step
@@ -136,19 +136,25 @@ def logged_steps(folder: Path) -> list[int]:
     return [event.step for event in events.Scalars("train/loss")]
 
 
-def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tensorboard_after_a_resume_has_each_step_once(tmp_path: Path, accumulate: int) -> None:
     """Steps 5 to 7 are logged by a run that is killed after its checkpoint of step 5."""
 
     def run(steps: int, ckpt_path: Path | None = None) -> None:
         purge = None
         if ckpt_path is not None:
-            purge = first_logged_step(torch.load(ckpt_path, weights_only=True))
+            purge = first_logged_step(torch.load(ckpt_path, weights_only=True), accumulate)
         logger = TensorBoardLogger(
-            tmp_path, name="tensorboard", version="", purge_step=purge, max_queue=1
+            tmp_path,
+            name="tensorboard",
+            version="",
+            purge_step=purge,
+            max_queue=1,
+            accumulate=accumulate,
         )
         last = LastCheckpoint(folder=tmp_path / f"to_{steps}", every_steps=5)
-        trainer = toy_trainer(steps, callbacks=[last], logger=logger, log_every_n_steps=1)
-        trainer.fit(toy_stage(1), datamodule=ToyData(), ckpt_path=ckpt_path)
+        trainer = toy_trainer(steps, callbacks=[last], logger=logger, log_every_n_steps=accumulate)
+        trainer.fit(toy_stage(1, accumulate=accumulate), datamodule=ToyData(), ckpt_path=ckpt_path)
 
     run(8)
     assert logged_steps(tmp_path / "tensorboard") == list(range(8))

@@ -1,27 +1,10 @@
-import multiprocessing
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from dcar.models.distributed import first_rank_value, mean_over_ranks
-from tests.toys import START
-
-
-def run_on_two_ranks(task: Callable[[int, Path], None], folder: Path) -> None:
-    context = multiprocessing.get_context(START)
-    ranks = [context.Process(target=task, args=(rank, folder)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
-
-
-def join(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+from tests.ranks import join, run_on_two_ranks
 
 
 def mean_on_rank(rank: int, folder: Path) -> None:

@@ -1,5 +1,4 @@
 import math
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dcar.models.generator import HybridGenerator
 from dcar.models.residual_head import ResidualHead
 from dcar.models.sampler import SamplerSettings, sample
 from dcar.models.transformer import MaskedTransformer
-from tests.toys import START
+from tests.ranks import join, run_on_two_ranks
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -208,8 +207,7 @@ def gradients(generator: HybridGenerator, inputs: Inputs, draws: Draws) -> list[
 
 
 def gradients_on_rank(rank: int, folder: Path, generator: HybridGenerator, inputs: Inputs) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    join(rank, folder)
     ids, residual, text, text_mask = (part[rank::2] for part in inputs)
     own = gradients(generator, (ids, residual, text, text_mask), Draws(11, rank=rank, world=2))
     torch.save(own, folder / f"{rank}.pt")
@@ -222,15 +220,7 @@ def test_gradients_of_two_ranks_average_to_those_of_one_process(
 ) -> None:
     generator, inputs = build(residual_positions=positions, caption_drop=0.5), data()
     whole = gradients(generator, inputs, Draws(11))  # masks of 12 and 19 tokens
-    context = multiprocessing.get_context(START)
-    ranks = [
-        context.Process(target=gradients_on_rank, args=(rank, tmp_path, generator, inputs))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
+    run_on_two_ranks(gradients_on_rank, tmp_path, generator, inputs)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for one, *split in zip(whole, *parts, strict=True):
         assert torch.allclose(one, sum(split) / 2, atol=1e-5)

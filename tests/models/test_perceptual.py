@@ -64,6 +64,38 @@ def test_the_distance_is_that_of_torchmetrics_parts_on_alexnet(lpips: LPIPS) -> 
     assert expected.min() > 0.1
 
 
+def test_the_distance_on_vgg_is_that_of_its_published_layers(tmp_path: Path) -> None:
+    """VGG16 written out, with random weights: thirteen convolutions, read before each pooling."""
+    widths, depths = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
+    state, channels = {}, 3
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        state[f"heads.{stage}"] = torch.rand(width)
+        for layer in range(depth):
+            name = f"stages.{stage}.{2 * layer + (stage > 0)}"
+            state[f"{name}.weight"] = torch.randn(width, channels, 3, 3) / (3 * channels**0.5)
+            state[f"{name}.bias"] = torch.randn(width) / 10
+            channels = width
+    save_file(state, tmp_path / "vgg.safetensors")
+
+    def taps(image: Tensor) -> list[Tensor]:
+        hidden, found = ScalingLayer()(image), []
+        for stage, depth in enumerate(depths):
+            hidden = max_pool2d(hidden, 2, 2) if stage else hidden
+            for layer in range(depth):
+                name = f"stages.{stage}.{2 * layer + (stage > 0)}"
+                hidden = relu(conv2d(hidden, state[f"{name}.weight"], state[f"{name}.bias"], 1, 1))
+            found.append(_normalize_tensor(hidden))
+        return found
+
+    a, b = smooth(2, 32), smooth(2, 32)
+    expected = torch.zeros(2)
+    for stage, (one, other) in enumerate(zip(taps(a), taps(b), strict=True)):
+        head = state[f"heads.{stage}"].view(-1, 1, 1)
+        expected += (head * (one - other) ** 2).sum(1).mean((1, 2))
+    assert torch.allclose(LPIPS("vgg", tmp_path / "vgg.safetensors")(a, b), expected, rtol=1e-4)
+    assert expected.min() > 0.1
+
+
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_it_equals_torchmetrics_with_the_same_weights(net: str, tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="torchvision (the eval extra) is not installed")

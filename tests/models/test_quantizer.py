@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from dcar.models.quantizer import (
     count_codes,
     entropy_penalty,
 )
-from tests.toys import START
+from tests.ranks import join, run_on_two_ranks
 
 
 def make_quantizer(**changes: Any) -> VectorQuantizer:
@@ -290,17 +289,14 @@ def train_on_rank(rank: int, world: int, folder: Path, steps: int = 10) -> None:
 
 
 def train_in_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    join(rank, folder)
     train_on_rank(rank, 2, folder)
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_keep_the_codebook_of_one_process(tmp_path: Path) -> None:
     train_on_rank(0, 1, tmp_path)
-    mp.start_processes(train_in_process, args=(tmp_path,), nprocs=2, start_method=START)
+    run_on_two_ranks(train_in_process, tmp_path)
     single, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
