@@ -1,6 +1,7 @@
 """How a build goes on, and what came of it, in words."""
 
 import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console
@@ -21,16 +22,27 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:.0f} {units[0]}"
 
 
-def reasons_text(dropped: dict[str, int]) -> str:
+def reasons_text(
+    dropped: Mapping[str, int], examples: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """`2 no caption (cat, dog), 1,200 broken image (a, b, c, ...)`."""
     listed = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{times:,} {reason}" for reason, times in listed) or "none"
+    named = (
+        f"{times:,} {reason}{_names((examples or {}).get(reason, ()), times)}"
+        for reason, times in listed
+    )
+    return ", ".join(named) or "none"
+
+
+def _names(keys: Sequence[str], times: int) -> str:
+    return f" ({', '.join(keys)}{', ...' if times > len(keys) else ''})" if keys else ""
 
 
 def tally_text(split: str, tally: Tally) -> str:
     return (
         f"{split}: {amount(tally.samples, 'sample')} in {amount(tally.shards, 'shard')}, "
         f"{size_text(tally.bytes)}; "
-        f"left out: {reasons_text(tally.dropped)}"
+        f"left out: {reasons_text(tally.dropped, tally.examples)}"
     )
 
 

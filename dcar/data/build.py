@@ -22,6 +22,7 @@ from dcar.data.build_unit import (
     part_url,
     scan_unit,
     scan_url,
+    show,
     unit_name,
 )
 from dcar.data.distributors import Distributor, Outcome, Task
@@ -51,12 +52,13 @@ class Progress(Protocol):
 
 @dataclass
 class Tally:
-    """What a split came to. dropped: number of samples left out, by reason."""
+    """What a split came to. dropped: number of samples left out, by reason; examples: some keys."""
 
     samples: int = 0
     shards: int = 0
     bytes: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
         self.shards += len(part.shards)
@@ -64,6 +66,8 @@ class Tally:
             self.samples, self.bytes = self.samples + shard.samples, self.bytes + shard.bytes
         for reason, times in part.dropped.items():
             count(self.dropped, reason, times)
+        for reason, keys in part.examples.items():
+            show(self.examples, reason, keys)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import hashlib
 import json
 import traceback
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -26,6 +27,7 @@ from dcar.errors import DataError
 HASHED_EDGE = 32  # pixels; all that the hash looks at
 BAD_KEY = "bad key"
 WORK = ".build"
+SHOWN = 3  # samples left out for a reason that are told by name
 T = TypeVar("T")
 
 
@@ -60,13 +62,15 @@ class Part:
     """What became of a unit.
 
     shards: those written. sizes: width, height, width, ... of the samples of each shard. dropped:
-    samples left out, by reason. positions: of the kept ones among the unit's records; digests,
-    hashes: of their keys and (scans only) of their pictures, 64 bits each.
+    samples left out, by reason; examples: keys of the first of them. positions: of the kept ones
+    among the unit's records; digests, hashes: of their keys and (scans only) of their pictures, 64
+    bits each.
     """
 
     shards: list[ShardEntry] = field(default_factory=list)
     sizes: "list[array[int]]" = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     positions: "array[int]" = field(default_factory=lambda: array("I"))
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))
@@ -76,6 +80,7 @@ class Part:
             "shards": [asdict(shard) for shard in self.shards],
             "sizes": [sizes.tolist() for sizes in self.sizes],
             "dropped": self.dropped,
+            "examples": self.examples,
             "positions": self.positions.tolist(),
             "digests": self.digests.tolist(),
             "hashes": self.hashes.tolist(),
@@ -90,6 +95,7 @@ class Part:
             [ShardEntry(**shard) for shard in stored["shards"]],
             [array("H", sizes) for sizes in stored["sizes"]],
             stored["dropped"],
+            stored["examples"],
             *(array(kind, stored[name]) for name, kind in _ARRAYS.items()),
         )
 
@@ -118,6 +124,12 @@ def count(counts: dict[str, int], reason: str, times: int = 1) -> None:
     counts[reason] = counts.get(reason, 0) + times
 
 
+def show(examples: dict[str, list[str]], reason: str, keys: Iterable[str]) -> None:
+    """Remember keys of samples that are left out, as long as there are few."""
+    shown = examples.setdefault(reason, [])
+    shown += islice(keys, SHOWN - len(shown))
+
+
 class UnitReader:
     """The records of a unit that are kept, and the count of those that are not.
 
@@ -144,6 +156,8 @@ class UnitReader:
                 looked = look(record.image)
             except BadSample as bad:
                 count(self.part.dropped, str(bad))
+                key = record.key.encode(errors="replace").decode()  # it may be no UTF-8
+                show(self.part.examples, str(bad), [key])
                 if position in self.without:  # its key stays taken, as when it was left out
                     seen.add(digest)
                 continue

@@ -114,6 +114,9 @@ def test_no_shard_is_left_of_what_repeats(streamed: bool, tmp_path: Path) -> Non
     source = GivenSource(records, streamed=streamed)
     report = built(source, tmp_path, samples_per_shard=2)
     assert report.splits["train"].dropped == {"duplicate key": 5}
+    assert report.splits["train"].examples == {"duplicate key": ["k000", "k001", "k002"]}
+    found = built(source, tmp_path, samples_per_shard=2)  # as the manifest keeps it
+    assert found.found and found.splits == report.splits
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == sorted(read_manifest(tmp_path))
     assert list(samples_of(tmp_path)) == ["k000", "k001", "k002", "k006"]
 

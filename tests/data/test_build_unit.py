@@ -92,6 +92,8 @@ def test_each_reason_is_counted_and_the_rest_is_written(tmp_path: Path) -> None:
         "near duplicate": 1,
     }
     assert list(samples_of(tmp_path)) == ["k000", "k007"] and part.positions.tolist() == [0, 7]
+    assert part.examples["no caption"] == ["k002"] and part.examples["near duplicate"] == ["k008"]
+    assert part.examples["bad key"] == ["../up", "a.b", "?"]
 
 
 def test_the_key_of_a_broken_picture_is_free_and_that_of_a_left_out_one_is_not(tmp_path) -> None:

@@ -27,6 +27,13 @@ def test_a_tally_names_the_commonest_reason_first() -> None:
     assert reasons_text({}) == "none"
 
 
+def test_samples_left_out_are_told_by_name_where_they_are_few() -> None:
+    dropped, examples = {"no caption": 2, "broken image": 1200}, {"no caption": ["cat", "dog"]}
+    examples["broken image"] = ["a", "b", "c"]
+    told = "1,200 broken image (a, b, c, ...), 2 no caption (cat, dog)"
+    assert reasons_text(dropped, examples) == told
+
+
 def console(terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=200)
 
