@@ -7,7 +7,12 @@ _HOMES = {
     "DCARPipeline": "dcar.pipeline",
     "HybridTokenizer": "dcar.models.tokenizer",
     "Latents": "dcar.models.tokenizer",
+    "Quantizer": "dcar.models.quantizer",
+    "Quantized": "dcar.models.quantizer",
+    "TokenizerCriterion": "dcar.models.losses",
     "HybridGenerator": "dcar.models.generator",
+    "MaskedTransformer": "dcar.models.transformer",
+    "Draws": "dcar.models.draws",
     "SamplerSettings": "dcar.models.sampler",
     "sample": "dcar.models.sampler",
     "load_model": "dcar.models.checkpoints",
@@ -21,3 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dcar' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

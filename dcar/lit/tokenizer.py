@@ -79,6 +79,10 @@ class TokenizerModule(BaseModule):
         self.discriminator = discriminator
         self.discriminator_start = discriminator_start
         self.per_image, self.kmeans_vectors = per_image, kmeans_vectors
+        if any(parameter.requires_grad for parameter in criterion.parameters()):
+            raise ValueError(
+                "the criterion has parameters to learn, but a criterion is not trained"
+            )
         self.criterion = Frozen(criterion)
         self.val_names = tuple(val_names)
         self.metrics = {name: Frozen(metrics()) for name in val_names}

@@ -31,7 +31,8 @@ class TokenizerCriterion(nn.Module):
 
     `(recon, image, latents, fake_logits=None)` gives `{"loss": ..., "l1" or "l2", "lpips",
     "codebook", "adversarial"}`: terms unweighted, those of weight 0 or without input absent.
-    Images are (B, 3, S, S) in [-1, 1]; `perceptual` maps two of them to distances (B,).
+    Images are (B, 3, S, S) in [-1, 1]; `perceptual` maps two of them to distances (B,). A subclass
+    adds a term in `terms`, and its weight to `weights`.
     Raises ValueError for an unknown pixel loss, a negative weight, or a perceptual weight without
     a perceptual network.
     """

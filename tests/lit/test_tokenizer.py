@@ -14,6 +14,7 @@ from dcar.lit.averaging import AverageWeights
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.models.discriminator import PatchDiscriminator
 from dcar.models.kmeans import kmeans
+from dcar.models.losses import TokenizerCriterion
 from tests.toys import CODES, ToyData, ToyImages, collate, toy_stage, toy_trainer, weights
 
 MOVES = {1: {"encoder", "decoder"}, 2: {"encoder", "quantizer", "decoder"}, 3: {"decoder"}}
@@ -168,3 +169,34 @@ def test_stopping_and_resuming_is_bit_equal(stage: int, tmp_path: Path) -> None:
 def test_tokens_are_no_pictures_to_train_a_tokenizer_on() -> None:
     with pytest.raises(DataError, match="a tokenizer trains on pictures"):
         toy_stage(1).on_after_batch_transfer({"ids": torch.zeros(1, 2, 2), "key": ["a"]}, 0)
+
+
+class WithVariation(TokenizerCriterion):
+    """One term more, as a user would add it; and a parameter, as some losses have."""
+
+    def __init__(self, *, learns: bool):
+        super().__init__(
+            pixel="l1",
+            pixel_weight=1.0,
+            perceptual=None,
+            perceptual_weight=0.0,
+            codebook_weight=0.0,
+            adversarial_weight=0.0,
+        )
+        self.weights["variation"] = 0.5
+        self.log_variance = torch.nn.Parameter(torch.zeros(()), requires_grad=learns)
+
+    def terms(self, recon, image, latents, fake_logits) -> dict[str, Tensor]:
+        variation = (recon[..., 1:] - recon[..., :-1]).abs().mean()
+        return super().terms(recon, image, latents, fake_logits) | {"variation": variation}
+
+
+def test_a_term_of_one_s_own_is_weighed_and_one_that_would_learn_is_refused() -> None:
+    module = toy_stage(1, criterion=WithVariation(learns=False))
+    trainer = toy_trainer(1)
+    trainer.fit(module, datamodule=ToyData())
+    logged = trainer.callback_metrics
+    expected = logged["train/l1"] + 0.5 * logged["train/variation"]
+    torch.testing.assert_close(logged["train/loss"], expected)
+    with pytest.raises(ValueError, match="criterion has parameters to learn"):
+        toy_stage(1, criterion=WithVariation(learns=True))
