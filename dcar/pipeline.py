@@ -120,11 +120,13 @@ class DCARPipeline:
 
 def seed_of_each(seeds: Any, count: int) -> list[int]:
     """Plain integers: those given, or as many as `count` from a single one; NumPy's will do."""
+    is_one = getattr(seeds, "ndim", 1) == 0 or isinstance(seeds, int)
     try:
-        first = operator.index(seeds)
-    except TypeError:
+        if is_one:
+            return list(range(operator.index(seeds), operator.index(seeds) + count))
         return [operator.index(seed) for seed in seeds]
-    return list(range(first, first + count))
+    except TypeError as error:
+        raise ValueError(f"seeds {seeds!r} is no integer and no sequence of them") from error
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

@@ -174,7 +174,7 @@ def compositional(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     cannot be read, ConfigError where fewer than two single drawings are asked for.
     """
     check_counts(config)
-    check_writable(f"{config.out}/results.json")
+    check_writable(config.out, is_folder=True)
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     settings = pipeline.settings(steps=config.steps, guidance=config.guidance)
     side = pipeline.model.size

@@ -18,6 +18,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dcar.data.storage import is_remote
+
 CONFIGS = Path(__file__).parent / "configs"
 EXPERIMENTS = CONFIGS / "experiment"
 REPOSITORY = Path(__file__).parents[1]
@@ -83,17 +85,21 @@ def given(value: Any, key: str) -> Any:
     return value
 
 
-def check_writable(path: str, key: str = "out") -> None:
-    """Raises ConfigError, before any work is done, where no file could be written at `path`."""
-    if "://" in path:
-        return
-    place = Path(path).absolute()
-    if place.is_dir():
-        raise ConfigError(f"{key}={path} is a folder")
-    parent = next(folder for folder in place.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "cannot be written to" if parent.is_dir() else "is no folder"
-        raise ConfigError(f"{key}={path}: {parent} {why}")
+def check_writable(path: str, key: str = "out", *, is_folder: bool = False) -> None:
+    """Raises ConfigError, before any work is done, where nothing could be written at `path`."""
+    if is_remote(path):
+        raise ConfigError(f"{key}={path}: give a folder or file of this machine")
+    place = os.path.abspath(path)
+    if not is_folder:
+        if os.path.isdir(place):
+            raise ConfigError(f"{key}={path} is a folder")
+        place = os.path.dirname(place)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise ConfigError(f"{key}={path}: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={path}: {place} cannot be written to")
 
 
 def at_least(config: DictConfig, least: int, *keys: str) -> None:
@@ -185,9 +191,10 @@ def as_text(override: str) -> str:
         if not equals:
             return override
         if value[:1] in ("[", "{"):
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
             raise ConfigError(
                 f"{override}: no list or mapping; text that begins with {value[0]!r} is "
-                f"given in quotes of its own: '{key}=\"{value}\"'"
+                f"given in quotes of its own: '{key}=\"{escaped}\"'"
             ) from None
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"

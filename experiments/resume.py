@@ -1,7 +1,6 @@
 """Which checkpoint a training goes on from: the last good one."""
 
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig
@@ -81,13 +80,3 @@ def finished(path: Path | None, config: DictConfig) -> bool:
     if path is None or not (Path(config.output_dir) / "metrics.json").exists():
         return False
     return bool(read_checkpoint(path, mapped=True)["global_step"] >= config.max_steps)
-
-
-def first_logged_step(checkpoint: dict[str, Any], accumulate: int = 1) -> int:
-    """The step at which a run resumed from `checkpoint` logs first: TensorBoard's `purge_step`.
-
-    Lightning numbers what it logs by batches, of which `accumulate` come to a step, and counts a
-    batch after the hook that saves it.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
-    return (int(progress["_batches_that_stepped"]) + 1) // accumulate

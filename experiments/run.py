@@ -5,6 +5,7 @@ non-finite training, 130 and 143 signals.
 """
 
 import argparse
+import difflib
 import logging
 import os
 import signal
@@ -26,7 +27,6 @@ from experiments.config import (
     experiment_names,
     first_comment,
     load_config,
-    nearest,
 )
 
 LOST, USAGE, DATA, NON_FINITE = 1, 2, 3, 4
@@ -57,7 +57,10 @@ class RunOptions:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     usage, _, exit_codes = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        usage=usage.partition(": ")[2], epilog=exit_codes, allow_abbrev=False
+        prog="python -m experiments.run",
+        usage=usage.partition(": ")[2],
+        epilog=exit_codes,
+        allow_abbrev=False,
     )
     options: dict[str, dict[str, Any]] = {
         "--exp": {"metavar": "NAME", "help": "the experiment, such as sample or quickstart"},
@@ -78,9 +81,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="settings that --print-config shows"
     )
     known, unknown = parser.parse_known_intermixed_args(arguments)
+    unknown += [override for override in known.overrides if override.startswith("-")]
     if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r}{nearest(unknown[0], [*options])}")
+        raise ConfigError(_unknown_option(unknown[0], [*options]))
     return known
+
+
+def _unknown_option(given: str, options: Sequence[str]) -> str:
+    name, equals, _ = given.partition("=")
+    if near := difflib.get_close_matches(name, options, n=1, cutoff=0.8):
+        return f"unknown option {name!r}; did you mean {near[0]!r}?"
+    hint = f"; settings have no dashes: {given.lstrip('-')}" if equals else ""
+    return f"unknown option {name!r}{hint}"
 
 
 def print_list() -> None:

@@ -25,15 +25,17 @@ from experiments.config import ConfigError, at_least, check_writable, places
 from experiments.run import RunOptions
 
 
-def read_prompts(prompt: object) -> list[str]:
+def read_prompts(prompt: Any) -> list[str]:
     """One prompt, a list of them, or the lines of a text file."""
     if prompt is None:
         raise ConfigError("prompt=null: give a text, a list of texts or a .txt file")
-    if isinstance(prompt, list | ListConfig):
-        return [str(line) for line in prompt]
-    prompt = str(prompt)
-    if not prompt.strip():
+    several = isinstance(prompt, list | ListConfig)
+    prompts = [str(line) for line in prompt] if several else [str(prompt)]
+    if not all(line.strip() for line in prompts):
         raise ConfigError("prompt is empty: give a text, a list of texts or a .txt file")
+    if several:
+        return prompts
+    (prompt,) = prompts
     path = Path(prompt)
     if path.suffix == ".txt":
         if not path.is_file():
@@ -52,17 +54,27 @@ def find_folder(reference: str, outputs: str, *, key: str = "ckpt") -> Path:
     for config in configs:
         if config.is_file():
             return config.parent
-    trainings = sorted(path.parents[1] for path in Path(reference).glob("*/checkpoints/last.ckpt"))
-    if trainings:
+    if within := models_within(Path(reference)):
         raise CheckpointError(
-            f"{key}={reference} holds no finished model yet, but trainings, one of which may be "
-            f"meant: {', '.join(map(str, trainings))}"
+            f"{key}={reference} is no model itself; there are {', '.join(map(str, within))} in it"
         )
     raise CheckpointError(
         f"{key}={reference} is no checkpoint, no model that comes with the package "
         f"({', '.join(shipped_models())}), and no config.json lies in "
         + " or ".join(str(config.parent) for config in configs)
     )
+
+
+def models_within(folder: Path) -> list[Path]:
+    """What can be drawn from in the folders of a recipe: models, and generators being trained."""
+    models = [config.parent for config in folder.glob("*/model/config.json")]
+    unfinished = [
+        path
+        for path in folder.glob("*/checkpoints/last.ckpt")
+        if path.parents[1] / "model" not in models
+        and read_checkpoint(path, mapped=True)["dcar"]["module"] == "MaskedARGenerator"
+    ]
+    return sorted(models + unfinished)
 
 
 def find_model(reference: str, outputs: str, *, key: str = "ckpt") -> Model:

@@ -41,7 +41,7 @@ def sweep(config: DictConfig, options: RunOptions) -> list[dict[str, Any]]:
     """
     check_counts(config)
     at_least(config, 1, "pictures")
-    check_writable(f"{config.out}/results.json")
+    check_writable(config.out, is_folder=True)
     pipeline, examiner = open_pipeline(config), Examiner(load_judge(config.judge))
     base = pipeline.settings(steps=config.steps, guidance=config.guidance)
     if config.scenes:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.lit.base import BaseModule
+from dcar.lit.board import TensorBoardLogger
 from dcar.lit.callbacks import ConfigText
 from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.generator import MaskedARGenerator
@@ -21,9 +22,9 @@ from dcar.lit.precision import is_on_cpu, precision_plugin
 from dcar.lit.sharding import is_sharded
 from dcar.models.checkpoints import PARTS, load_strictly, read_checkpoint, save_model
 from experiments.components import build
-from experiments.config import quick_dtype
+from experiments.config import ConfigError, quick_dtype
 from experiments.lineage import lineage_of
-from experiments.resume import find_resume, finished, first_logged_step
+from experiments.resume import find_resume, finished
 from experiments.run import RunOptions
 from experiments.strategy import resolve_strategy, syncs_batchnorm
 
@@ -41,8 +42,8 @@ def build_logger(node: DictConfig, resume: Path | None) -> Any:
     """TensorBoard forgets what was logged after the checkpoint, which is logged again."""
     if resume is None or not node._target_.endswith("TensorBoardLogger"):
         return build(node)
-    checkpoint = read_checkpoint(resume, mapped=True)
-    return build(node, purge_step=first_logged_step(checkpoint, node.get("accumulate", 1)))
+    taken = int(read_checkpoint(resume, mapped=True)["global_step"])
+    return build(node, purge_step=taken + 1)
 
 
 def build_trainer(
@@ -68,7 +69,11 @@ def build_trainer(
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks, plugins=plugins)
     loggers = [build_logger(node, resume) for node in config.loggers.values()]
-    return Trainer(**settings, callbacks=callbacks, logger=loggers, plugins=plugins)
+    trainer = Trainer(**settings, callbacks=callbacks, logger=loggers, plugins=plugins)
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.trainer = trainer
+    return trainer
 
 
 def model_config(config: DictConfig) -> dict[str, Any]:
@@ -84,6 +89,8 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     if finished(resume, config):
         rank_zero_info(f"{config.exp}: all {config.max_steps} steps are done ({resume})")
         return {}
+    if config.module.get("deepen") and config.init_from is None:
+        raise ConfigError("module.deepen=true needs init_from, the weights of fewer blocks")
     seed_everything(config.seed, workers=True, verbose=False)
     if options.dry_run:
         config = without_missing_weights(config)

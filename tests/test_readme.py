@@ -144,13 +144,13 @@ def test_tensorboard_opens(workplace: Path) -> None:
     try:
         for _ in range(120):
             try:
-                with urllib.request.urlopen(f"http://localhost:{port}/data/runs") as answer:
-                    runs = json.load(answer)
-                if runs:  # it reads them while it answers
-                    assert any("generator_64" in run for run in runs)
-                    return
+                url = f"http://localhost:{port}/data/runs"
+                with urllib.request.urlopen(url, timeout=2) as answer:
+                    if any("generator_64" in run for run in json.load(answer)):
+                        return
             except OSError:
-                time.sleep(0.5)
+                assert process.poll() is None
+            time.sleep(0.5)  # it reads the runs while it answers
         pytest.fail("TensorBoard did not answer within a minute")
     finally:
         with suppress(ProcessLookupError):

@@ -95,7 +95,7 @@ class Part:
             [ShardEntry(**shard) for shard in stored["shards"]],
             [array("H", sizes) for sizes in stored["sizes"]],
             stored["dropped"],
-            stored["examples"],
+            stored.get("examples", {}),  # older ones have none
             *(array(kind, stored[name]) for name, kind in _ARRAYS.items()),
         )
 

@@ -17,7 +17,7 @@ from dcar.data.scenes import Scene, SceneSet
 from dcar.data.transforms import to_unit_range
 from dcar.models.judge import Judge, Verdict
 
-PATIENCE = 100  # scenes drawn for each one of a group, until one without any is given up
+PATIENCE = 1000  # scenes drawn for each one of a group, until one without any is given up
 PRESENT = 5  # an object is there if it is among as many likeliest concepts
 # Squares of the picture: left, top and side, in shares of its side
 SQUARES = {
@@ -99,7 +99,7 @@ def scenes_of(scenes: SceneSet, each: int) -> list[Asked]:
     for number in range(sum(scenes.counts)):
         if all(len(group) == each for group in found.values()):
             break
-        if number == PATIENCE * each and not all(found.values()):
+        if number == max(1, each) * PATIENCE and not all(found.values()):
             break
         asked = asked_of(scenes.scene(number))
         if len(found[asked.group]) < each:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch import loggers
+from lightning.pytorch import Trainer, loggers
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from torch.utils.tensorboard import SummaryWriter
 
@@ -46,15 +46,14 @@ class ForgivingWriter:
 class TensorBoardLogger(loggers.TensorBoardLogger):
     """Lightning's, but an error of the disk ends the log alone, and steps are optimizer steps.
 
-    accumulate: batches to an optimizer step; Lightning counts batches.
+    trainer: whose steps they are; Lightning counts batches, of which a step may take several.
     """
 
-    def __init__(self, *args: Any, accumulate: int = 1, **options: Any):
-        super().__init__(*args, **options)
-        self.accumulate = accumulate
+    trainer: Trainer | None = None
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        super().log_metrics(dict(metrics), None if step is None else step // self.accumulate)
+        taken = step if self.trainer is None else self.trainer.global_step
+        super().log_metrics(dict(metrics), taken)
 
     @property
     @rank_zero_experiment

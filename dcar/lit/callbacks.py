@@ -32,11 +32,6 @@ SHOWN = (
 )
 
 
-def logged_step(trainer: Trainer, module: Any) -> int:
-    """The step at which scalars are logged now, so that pictures stand beside them."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) // int(module.accumulate)
-
-
 BAR_WIDTH = 98  # columns of a terminal that the bar, its counts and times take in a long run
 
 
@@ -112,7 +107,7 @@ class ReconstructionGrid(Callback):
             discrete = pl_module.network.decode(latents.discrete).float()
             hybrid = pl_module.network.decode(latents.continuous).float()
         grid = tile(reconstruction_columns(self.fixed, discrete, hybrid))
-        board.add_image("val/reconstruction", (grid + 1) / 2, logged_step(trainer, pl_module))
+        board.add_image("val/reconstruction", (grid + 1) / 2, trainer.global_step)
 
 
 class SampleGrid(Callback):
@@ -133,9 +128,7 @@ class SampleGrid(Callback):
             tokens = pl_module.sample(text, text_mask, seeds=range(len(self.prompts)))
             pictures = [to_pil(image) for image in pl_module.decode(tokens)]
         grid = captioned_grid(pictures, self.prompts, columns=self.columns)
-        board.add_image(
-            "val/samples", np.asarray(grid), logged_step(trainer, pl_module), dataformats="HWC"
-        )
+        board.add_image("val/samples", np.asarray(grid), trainer.global_step, dataformats="HWC")
 
 
 class CodebookHistogram(Callback):
@@ -146,7 +139,7 @@ class CodebookHistogram(Callback):
         if board is None:
             return
         for name, counts in pl_module.last_counts.items():
-            board.add_histogram(f"codebook/{name}_counts", counts, logged_step(trainer, pl_module))
+            board.add_histogram(f"codebook/{name}_counts", counts, trainer.global_step)
 
 
 class Throughput(Callback):

@@ -140,7 +140,10 @@ class MaskedARGenerator(BaseModule):
             self._start_from(init_from, self._deepened if deepen else dict)
 
     def _deepened(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return deepen_blocks(state, len(self.generator.transformer.blocks))
+        try:
+            return deepen_blocks(state, len(self.generator.transformer.blocks))
+        except ValueError as error:
+            raise CheckpointError(f"init_from cannot be deepened: {error}") from error
 
     def _start_from(self, path: str | Path, adapt: Callable[..., dict[str, Tensor]]) -> None:
         if not Path(path).is_dir():

@@ -79,10 +79,9 @@ class TokenizerModule(BaseModule):
         self.discriminator = discriminator
         self.discriminator_start = discriminator_start
         self.per_image, self.kmeans_vectors = per_image, kmeans_vectors
-        if any(parameter.requires_grad for parameter in criterion.parameters()):
-            raise ValueError(
-                "the criterion has parameters to learn, but a criterion is not trained"
-            )
+        for name, parameter in criterion.named_parameters():
+            if parameter.requires_grad and not name.startswith("perceptual."):  # a whole network
+                raise ValueError(f"the criterion would learn {name}, but nothing in it is trained")
         self.criterion = Frozen(criterion)
         self.val_names = tuple(val_names)
         self.metrics = {name: Frozen(metrics()) for name in val_names}

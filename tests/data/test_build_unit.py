@@ -69,6 +69,15 @@ def test_a_unit_of_known_length_is_cut_by_bytes_alone(tmp_path: Path) -> None:
     assert len(samples_of(tmp_path / "b")) == 5 and [len(s) for s in part.sizes] == [4, 4, 2]
 
 
+def test_a_part_of_an_older_version_has_no_examples(tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    Part(dropped={"no caption": 1}).save(str(path))
+    stored = json.loads(path.read_text())
+    del stored["examples"]
+    path.write_text(json.dumps(stored))
+    assert Part.load(str(path)) == Part(dropped={"no caption": 1})
+
+
 def test_each_reason_is_counted_and_the_rest_is_written(tmp_path: Path) -> None:
     records = [
         record(0),

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import link_durably, save_durably
 from dcar.models.checkpoints import digest_path
-from experiments.resume import find_resume, finished, first_logged_step
+from experiments.resume import find_resume, finished
 
 
 def checkpoint(step: int) -> dict:
@@ -140,10 +140,3 @@ def test_a_run_is_finished_once_its_steps_are_taken_and_its_metrics_written(fold
     digest_path(path).write_text(f"{'0' * 64}  last.ckpt\n")
     with pytest.raises(CheckpointError, match="damaged"):
         finished(path, config)
-
-
-def test_the_batch_that_is_saved_is_logged_already() -> None:
-    progress = {"epoch_loop.state_dict": {"_batches_that_stepped": 4}}
-    assert first_logged_step({"loops": {"fit_loop": progress}}) == 5
-    progress["epoch_loop.state_dict"]["_batches_that_stepped"] = 11  # the last of the third step
-    assert first_logged_step({"loops": {"fit_loop": progress}}, 4) == 3

@@ -69,6 +69,11 @@ def test_an_unknown_option_is_a_usage_error(capsys) -> None:
     for options in (["--dryrun", "--exp=sample"], ["--exp=sample", "steps=2", "--dryrun"]):
         assert main(options) == 2
         assert "'--dryrun'; did you mean '--dry-run'?" in capsys.readouterr().err
+    for option in ("--steps=4", "-5", "--prompt"):
+        assert main(["--exp=sample", option, "prompt=a"]) == 2
+        error = capsys.readouterr().err
+        assert f"unknown option '{option.partition('=')[0]}'" in error
+        assert ("settings have no dashes: steps=4" in error) == (option == "--steps=4")
 
 
 def test_help_says_what_each_option_does(capsys) -> None:

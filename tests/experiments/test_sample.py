@@ -12,7 +12,7 @@ from dcar.models.checkpoints import model_folder, save_model
 from experiments.config import ConfigError
 from experiments.run import main
 from experiments.sample import find_folder, find_model, output_paths, read_prompts
-from tests.toys import SIZE, toy_model
+from tests.toys import SIZE, ToyData, toy_masked_generator, toy_model, toy_stage, toy_trainer
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def test_a_file_of_prompts_gives_a_png_each_and_a_grid(folder: Path, tmp_path: P
         (["prompt=[a dog"], "prompt=[a dog: no list or mapping"),
         (["prompt=a", "out={}/file/a.png"], "/file is no folder"),
         (["prompt=a", "out={}/folder.png"], "folder.png is a folder"),
-        (["prompt=a", "ckpt={}/runs"], "trainings, one of which may be meant: {}/runs/generator"),
+        (["prompt=['']"], "prompt is empty"),
+        (["prompt=a", "out=s3://bucket/a.png"], "give a folder or file of this machine"),
+        (["prompt=a", "out={}/link/a.png"], "/link is no folder"),
         (["prompt=a", "ckpt=nini"], "no model that comes with the package (mini)"),
     ],
 )
@@ -72,12 +74,27 @@ def test_what_cannot_be_drawn_is_said_before_drawing(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
-    last = tmp_path / "runs" / "generator" / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.touch()
+    (tmp_path / "link").symlink_to("nowhere")
     given = [f"ckpt={folder}", f"out={tmp_path}/a.png", *(a.format(tmp_path) for a in arguments)]
     assert main(["--exp=sample", *given]) == 2
     assert message.format(tmp_path) in capsys.readouterr().err
+
+
+def test_models_within_a_recipe_s_folder_are_named_and_can_be_drawn_from(
+    tmp_path: Path, capsys
+) -> None:
+    runs = tmp_path / "runs"
+    for module, name in ((toy_stage(1), "stage1"), (toy_masked_generator(), "generator_32")):
+        trainer = toy_trainer(1)
+        trainer.fit(module, datamodule=ToyData())
+        trainer.save_checkpoint(runs / name / "checkpoints" / "last.ckpt")
+    save_model(toy_model(), runs / "generator_64" / "model")
+    assert main(["--exp=sample", f"ckpt={runs}", "prompt=a"]) == 2
+    told = capsys.readouterr().err
+    unfinished, model = f"{runs}/generator_32/checkpoints/last.ckpt", f"{runs}/generator_64/model"
+    assert f"there are {unfinished}, {model} in it" in told
+    out = f"out={tmp_path}/a.png"
+    assert main(["--exp=sample", f"ckpt={model}", "prompt=a", out]) == 0
 
 
 def test_a_place_that_is_not_ours_is_refused_before_drawing(

@@ -244,3 +244,9 @@ def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_the_step(
         process.kill()
     assert process.returncode == code and "the same command goes on" in errors, errors[-2000:]
     assert torch.load(last, weights_only=True)["global_step"] >= 1
+
+
+def test_a_deeper_generator_needs_one_to_start_from(tmp_path: Path, capsys) -> None:
+    given = [f"outputs={tmp_path}", "module.deepen=true", "tokenizer_from=null"]
+    assert main(["--exp=smoke/pretrain_256", *given]) == 2
+    assert "module.deepen=true needs init_from" in capsys.readouterr().err

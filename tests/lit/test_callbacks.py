@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcar.data.loader import ShardLoader
 from dcar.data.transforms import ImageTransform
+from dcar.lit.board import TensorBoardLogger
 from dcar.lit.callbacks import (
     CodebookHistogram,
     ConfigText,
@@ -34,6 +34,7 @@ def board(module, callbacks, folder: Path, steps: int = 4, **more) -> EventAccum
         log_every_n_steps=1,
         **more,
     )
+    logger.trainer = trainer
     trainer.fit(module, datamodule=ToyData())
     logger.finalize("success")
     return EventAccumulator(str(folder)).Reload()

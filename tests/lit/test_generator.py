@@ -163,6 +163,8 @@ def test_a_deeper_transformer_goes_on_from_a_shallower_one(tmp_path: Path) -> No
         ids = torch.zeros(1, 8, 8, dtype=torch.int64)
         ours, theirs = (m.generator.transformer(ids, text, mask).logits for m in (deep, shallow))
         torch.testing.assert_close(ours, theirs)
+    with pytest.raises(CheckpointError, match="cannot be deepened: .* 2 blocks .* to 1"):
+        toy_masked_generator(generator=toy_generator(depth=1), init_from=path, deepen=True)
 
 
 def test_stopping_and_resuming_is_bit_equal(tmp_path: Path) -> None:
