@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,22 @@ class DCARPipeline:
             raise ValueError(f"{name}={pixels} must be a positive multiple of {factor}")
         return pixels // factor
 
-    def _autocast(self) -> Any:
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """Each weight is narrowed once in here: autocast keeps that of weights that could learn."""
         if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+            yield
+            return
+        parts = (self.model.generator, self.model.tokenizer)
+        frozen = [p for part in parts for p in part.parameters() if not p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad = True
+        try:
+            with torch.autocast(self.device.type, dtype=self.dtype):
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad = False
 
 
 def seed_of_each(seeds: Any, count: int) -> list[int]:

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dcar.models.checkpoints import load_model
 from dcar.pipeline import DCARPipeline
 from tests.toys import SIZE, toy_model
 
@@ -85,3 +87,29 @@ def test_bfloat16_draws_the_same_tokens_nearly_the_same(pipeline: DCARPipeline) 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision='int4'"):
         DCARPipeline(toy_model(), precision="int4")
+
+
+class Narrowings(TorchDispatchMode):
+    """How many matrices are turned from fp32 into a narrower type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[int] = []
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if "_to_copy" in str(function) and arguments[0].data_ptr() in self.known:
+            self.weights.append(arguments[0].data_ptr())
+        return function(*arguments, **(keywords or {}))
+
+
+def test_in_bfloat16_a_weight_is_narrowed_once_a_batch_and_learns_no_more_than_before() -> None:
+    model = load_model("mini")
+    half = DCARPipeline(model, precision="bfloat16")
+    flags = [p.requires_grad for p in model.generator.parameters()]
+    with Narrowings() as seen:
+        seen.known = {p.data_ptr() for p in model.generator.transformer.parameters()}
+        picture = half("a red apple, flat style", steps=3)[0]
+    assert len(seen.weights) > 40 and len(set(seen.weights)) == len(seen.weights)
+    assert [p.requires_grad for p in model.generator.parameters()] == flags
+    assert picture.tobytes() == half("a red apple, flat style", steps=3)[0].tobytes()
