@@ -72,12 +72,12 @@ def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
 def test_the_table_says_what_the_results_say(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     lines = (out / "table.md").read_text().splitlines()
-    assert lines[0] == "|  | images | real | retrieval | discrete | hybrid |"
+    assert lines[0] == "|  | images | real | tokenizer | retrieval | discrete | hybrid |"
     shares = [results["scores"][source]["known"]["concept_top5"] for source in SOURCES]
     told = " | ".join(f"{share:.1%}" for share in shares)
     assert f"| known: concept top-5 | 3 | {told} |" in lines
-    assert lines[-1].startswith("| FID on MobileNetV2 features, single drawings | 5 | – | – |")
-    assert {line.count("|") for line in lines} == {7}
+    assert lines[-1].startswith("| FID on MobileNetV2 features, single drawings | 5 | – | – | – |")
+    assert {line.count("|") for line in lines} == {8}
 
 
 @pytest.mark.slow
