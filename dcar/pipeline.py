@@ -69,9 +69,11 @@ class DCARPipeline:
         Raises ValueError naming the argument that cannot be used.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = seed_of_each(seeds, len(prompts))
         if not prompts:
             raise ValueError("prompts is empty")
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("prompts holds something other than text")
+        seeds = seed_of_each(seeds, len(prompts))
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds has {len(seeds)} entries for {len(prompts)} prompts")
         if batch_size < 1:

@@ -138,6 +138,8 @@ def describe(source: DictConfig) -> dict[str, Any]:
 def print_report(task: BuildTask, report: Report) -> None:
     done = "was finished already, with these settings" if report.found else "is finished"
     print(f"{task.out} {done}")
+    if report.found:
+        print("pictures that changed since are not looked at: for these give another folder as out")
     for split, tally in report.splits.items():
         print(tally_text(split, tally))
     share = getattr(task.source, "val_share", 0.0)

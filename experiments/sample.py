@@ -1,6 +1,7 @@
 """The task of `--exp=sample`: prompts to PNG files that carry their settings."""
 
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,9 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
     encoder: Any = model.text_encoder
     for prompt in dict.fromkeys(prompts):
         if encoder.cuts(prompt):
+            start = textwrap.shorten(prompt, 80, placeholder=" ...")
             print(
-                f"only the first {encoder.max_tokens} tokens are read of: {prompt}", file=sys.stderr
+                f"only the first {encoder.max_tokens} tokens are read of: {start}", file=sys.stderr
             )
     pipeline = DCARPipeline(model, device=device, precision=config.precision)
     pictures = pipeline(

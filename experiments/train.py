@@ -9,6 +9,7 @@ from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.lit.base import BaseModule
@@ -67,13 +68,21 @@ def build_trainer(
             callback.text = OmegaConf.to_yaml(config, resolve=True)
     if options.dry_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        return Trainer(**settings | {"fast_dev_run": 1}, callbacks=callbacks, plugins=plugins)
+        return _trainer(settings | {"fast_dev_run": 1}, callbacks=callbacks, plugins=plugins)
     loggers = [build_logger(node, resume) for node in config.loggers.values()]
-    trainer = Trainer(**settings, callbacks=callbacks, logger=loggers, plugins=plugins)
+    trainer = _trainer(settings, callbacks=callbacks, logger=loggers, plugins=plugins)
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.trainer = trainer
     return trainer
+
+
+def _trainer(settings: dict[str, Any], **parts: Any) -> Trainer:
+    """Raises ConfigError for settings that Lightning or the machine has no use for."""
+    try:
+        return Trainer(**settings, **parts)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {error}") from error
 
 
 def model_config(config: DictConfig) -> dict[str, Any]:

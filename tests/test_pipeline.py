@@ -50,6 +50,7 @@ def test_a_saved_pipeline_draws_the_same_picture(pipeline: DCARPipeline, tmp_pat
     ("name", "arguments"),
     [
         ("prompts", {"prompts": []}),
+        ("prompts", {"prompts": ["a", 3]}),
         ("seeds", {"seeds": [1, 2]}),
         ("seeds", {"seeds": -1}),
         ("seeds", {"seeds": np.array([1, 2])}),

@@ -220,7 +220,7 @@ class ShardStream(IterableDataset):
         if order.size < units * world:
             raise ValueError(
                 f"{sum(self.counts)} samples cannot fill one batch of {self.batch_size} "
-                f"on each of {amount(world, 'rank')}"
+                f"on each of {amount(world, 'rank')}: give a smaller batch_size"
             )
         return Share(taken, order.size, rank, world, units)
 

@@ -147,7 +147,8 @@ def test_a_folder_is_built_and_a_second_run_finds_it(tmp_path: Path, capsys) -> 
     said = capsys.readouterr().out
     assert "train: 9 samples in 3 shards" in said and "1 broken image" in said
     assert main(command) == 0
-    assert "was finished already" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "was finished already" in told and "give another folder as out" in told
     assert len(samples_of(tmp_path / "out", "mine-train-*.tar")) == 9
 
 

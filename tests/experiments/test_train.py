@@ -246,6 +246,19 @@ def test_a_signal_to_all_processes_of_a_run_leaves_its_workers_the_step(
     assert torch.load(last, weights_only=True)["global_step"] >= 1
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [("max_steps=-4", "max_steps"), ("trainer.devices=0", "devices=0")]
+    + [("trainer.accelerator=gpu", "gpu")] * (not torch.cuda.is_available()),
+)
+def test_what_lightning_has_no_use_for_is_said_in_a_line(
+    given: str, message: str, tmp_path: Path, capsys
+) -> None:
+    assert main(["--exp=smoke/stage1", given, f"outputs={tmp_path}", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: trainer: ") and message in error
+
+
 def test_a_deeper_generator_needs_one_to_start_from(tmp_path: Path, capsys) -> None:
     given = [f"outputs={tmp_path}", "module.deepen=true", "tokenizer_from=null"]
     assert main(["--exp=smoke/pretrain_256", *given]) == 2
