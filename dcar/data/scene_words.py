@@ -23,14 +23,22 @@ COUNTED = ("animals & nature", "food & drink", "objects", "travel & places", "ac
 NOT_MIRRORED = ("flags", "symbols")
 # Drawings with letters, digits or a side of their own.
 SIDED = re.compile(
-    r"\b(left|right|leftwards|rightwards|chart|facing|oncoming|pointing|clock|watch|calendar|keyboard|keycap|book|books|"
+    r"\b(left|right|leftwards|rightwards|chart|facing|oncoming|pointing|clock|watch|calendar|"
+    r"keyboard|keycap|book|books|"
     r"newspaper|abacus|ruler|receipt|dollar|euro|pound|yen|ticket|sign|medal|map|globe|die|"
     r"mahjong|card|joker|computer|atm|sos|thirty|o'clock|first|last|waxing|waning|quarter|"
     r"crescent|guitar|violin|e-mail|dvd|label|score|slot|store|8)\b"
 )
 # A noun with something after it: "a person with ...", where the end of the phrase has no plural.
 JOINED = re.compile(r" (?:with|without|of|in|on|at|over|under|for|to|behind|showing|by|and|as) |,")
-NO_PLURAL = ("left", "right", "up", "volume", "voltage", "pong")
+NO_PLURAL = (  # last words of "... tilted left", "a high voltage"
+    "left",
+    "right",
+    "up",
+    "volume",
+    "voltage",
+    "pong",
+)
 IRREGULAR = {
     "mouse": "mice",
     "goose": "geese",
