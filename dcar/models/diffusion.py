@@ -77,12 +77,17 @@ def add_noise(schedule: NoiseSchedule, start: Tensor, noise: Tensor, step: Tenso
 
 
 def predicted_start(
-    schedule: NoiseSchedule, noisy: Tensor, predicted_noise: Tensor, step: Tensor, *, clip: bool
+    schedule: NoiseSchedule,
+    noisy: Tensor,
+    predicted_noise: Tensor,
+    step: Tensor,
+    *,
+    clip: float,
 ) -> Tensor:
-    """x_0 from x_t and the predicted noise; `clip` limits it to [-1, 1]."""
+    """x_0 from x_t and the predicted noise, limited to [-clip, clip]; 0 for no limit."""
     signal, noise = schedule.signal[step][:, None], schedule.noise[step][:, None]
     start = (noisy - noise * predicted_noise) / signal
-    return start.clamp(-1, 1) if clip else start
+    return start.clamp(-clip, clip) if clip else start
 
 
 def posterior_mean(schedule: NoiseSchedule, start: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ def ancestral_step(
     step: Tensor,
     noise: Tensor | None,
     *,
-    clip: bool,
+    clip: float,
     temperature: float = 1.0,
 ) -> Tensor:
     """x_t-1 from x_t (M, C) and the network's output (M, 2C); noise None at t = 0."""
@@ -136,7 +141,7 @@ def _variational_bound(
 ) -> Tensor:
     predicted_noise, raw_variance = output.chunk(2, dim=1)
     true_mean = posterior_mean(schedule, start, noisy, step)
-    guess = predicted_start(schedule, noisy, predicted_noise, step, clip=False)
+    guess = predicted_start(schedule, noisy, predicted_noise, step, clip=0.0)
     mean = posterior_mean(schedule, guess, noisy, step)
     log_variance = learned_log_variance(schedule, raw_variance, step)
     true_log_variance = schedule.posterior_log_variance[step][:, None]

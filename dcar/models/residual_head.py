@@ -93,7 +93,7 @@ class BaseResidualHead(nn.Module, ABC):
         noise: Callable[[int], Tensor],
         *,
         temperature: float,
-        clip: bool | None,
+        clip: float | None,
         steps: int | None,
     ) -> Tensor:
         """Scaled residuals (M, C); noise(k) gives k draws, (k, M, C)."""
@@ -102,7 +102,7 @@ class BaseResidualHead(nn.Module, ABC):
     def _guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
         """The network's output under guidance, (M, outputs)."""
 
-    def check_sampling(self, *, steps: int | None, clip: bool | None) -> None:
+    def check_sampling(self, *, steps: int | None, clip: float | None) -> None:
         """Raises ValueError, naming the sampler's setting, for what this head cannot do."""
 
     def set_scale(self, scale: float) -> None:
@@ -157,7 +157,7 @@ class BaseResidualHead(nn.Module, ABC):
         guidance: float = 0.0,
         hidden_uncond: Tensor | None = None,
         temperature: float = 1.0,
-        clip: bool | None = None,
+        clip: float | None = None,
         steps: int | None = None,
     ) -> Tensor:
         """Residuals (B, N, C), unscaled, fp32, for hidden states (B, N, D) and ids (B, N).
@@ -242,9 +242,11 @@ class BaseResidualHead(nn.Module, ABC):
 class ResidualHead(BaseResidualHead):
     """The denoiser as an iDDPM: cosine schedule, noise prediction, learned-range variance.
 
-    `clip_denoised` limits the predicted residual to +-scale at every sampling step, as the authors'
-    sampler does (MAR does not): if scale is a standard deviation, it cuts a third of the values.
-    Raises ValueError unless 1 <= sample_steps <= train_steps.
+    `clip_denoised` limits the predicted residual at every sampling step, in units of scale: 1 is
+    the authors' limit, and cuts a third of the values where scale is a standard deviation; 0 is
+    none (MAR). Without one the first step, whose input is all noise, can throw a prediction far off
+    (docs/method.md section 7.1). Raises ValueError for a negative one, and unless
+    1 <= sample_steps <= train_steps.
     """
 
     def __init__(
@@ -257,7 +259,7 @@ class ResidualHead(BaseResidualHead):
         scale: float | None = None,
         train_steps: int = 1000,
         sample_steps: int = 32,
-        clip_denoised: bool = True,
+        clip_denoised: float = 1.0,
         batch_mul: int = 4,
         full_precision: bool = True,
         num_codes: int | None = None,
@@ -274,10 +276,12 @@ class ResidualHead(BaseResidualHead):
             num_codes=num_codes,
         )
         self.train_steps, self.sample_steps = train_steps, sample_steps
-        self.clip_denoised = clip_denoised
+        if not clip_denoised >= 0:
+            raise ValueError(f"clip_denoised {clip_denoised} is below 0")
+        self.clip_denoised = float(clip_denoised)  # True of older configs is 1, False none
         noise_schedule(train_steps, sample_steps)  # rejects impossible step counts
 
-    def check_sampling(self, *, steps: int | None, clip: bool | None) -> None:
+    def check_sampling(self, *, steps: int | None, clip: float | None) -> None:
         if steps is not None and steps > self.train_steps:
             raise ValueError(f"residual_steps {steps} is above the head's {self.train_steps}")
 
@@ -293,7 +297,7 @@ class ResidualHead(BaseResidualHead):
         noise: Callable[[int], Tensor],
         *,
         temperature: float,
-        clip: bool | None,
+        clip: float | None,
         steps: int | None,
     ) -> Tensor:
         steps = self.sample_steps if steps is None else steps
@@ -322,7 +326,7 @@ class FlowResidualHead(BaseResidualHead):
 
     Straight paths from noise at time 0 to data at time 1 (arXiv 2210.02747, 2209.03003), integrated
     by `sample_steps` steps of `solver` "euler" or "heun" (two evaluations per step). Nothing is
-    clipped: sample(clip=True) raises ValueError. An alternative to the paper's diffusion.
+    clipped: sample with a `clip` raises ValueError. An alternative to the paper's diffusion.
     """
 
     def __init__(
@@ -356,9 +360,9 @@ class FlowResidualHead(BaseResidualHead):
             raise ValueError(f"sample_steps {sample_steps} is below 1")
         self.sample_steps, self.solver = sample_steps, solver
 
-    def check_sampling(self, *, steps: int | None, clip: bool | None) -> None:
+    def check_sampling(self, *, steps: int | None, clip: float | None) -> None:
         if clip:
-            raise ValueError("residual_clip must be None or False: flow matching does not clip")
+            raise ValueError("residual_clip must be null or 0: flow matching does not clip")
 
     def _row_losses(self, start: Tensor, denoise: Denoise, draws: RowDraws) -> Tensor:
         time, noise = draws.rand(), draws.randn(self.channels)
@@ -372,7 +376,7 @@ class FlowResidualHead(BaseResidualHead):
         noise: Callable[[int], Tensor],
         *,
         temperature: float,
-        clip: bool | None,
+        clip: float | None,
         steps: int | None,
     ) -> Tensor:
         steps = self.sample_steps if steps is None else steps

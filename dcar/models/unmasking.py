@@ -51,7 +51,7 @@ class SamplerSettings:
     residual_condition: str = "last_step"  # or extra_forward, with every token known
     residual_guidance: float | None = None  # None: the same as guidance
     residual_temperature: float = 1.0
-    residual_clip: bool | None = None  # None: the head's own
+    residual_clip: float | None = None  # in units of the head's scale, 0 for none; None: its own
     residual_steps: int | None = None  # None: the head's own
 
     def __post_init__(self) -> None:
@@ -67,6 +67,7 @@ class SamplerSettings:
             "randomize_temperature",
             "residual_guidance",
             "residual_temperature",
+            "residual_clip",
         ):
             self._check_weight(name, getattr(self, name))
         if self.guidance_decay == "power-cosine" and 0 < self.guidance < 1:

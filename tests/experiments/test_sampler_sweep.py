@@ -22,11 +22,19 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+def test_the_values_that_come_with_it_are_possible_for_the_shipped_model(tmp_path: Path) -> None:
+    assert main(["--exp=eval/sweep", *SMALL, f"out={tmp_path}/out", "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_each_value_gets_figures_and_pictures(folder: Path, tmp_path: Path) -> None:
     vary = ["vary.steps=[1,2,3]", "vary.selection=[confidence,halton]"]
     others = [f"vary.{name}_temperature=null" for name in ("randomize", "residual")]
-    others += [f"vary.{name}=null" for name in ("guidance", "guidance_decay", "residual_guidance")]
+    others += [
+        f"vary.{name}=null"
+        for name in ("guidance", "guidance_decay", "residual_guidance", "residual_clip")
+    ]
     arguments = [f"ckpt={folder}", f"out={tmp_path}", *SMALL, *vary, *others]
     assert main(["--exp=eval/sweep", *arguments]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -239,12 +239,18 @@ def test_clipping_keeps_every_residual_within_the_scale() -> None:
     head = build(ResidualHead)
     torch.nn.init.normal_(head.denoiser.output.bias)
     hidden = data()[1]
-    clipped = head.sample(hidden, noise=ImageNoise(range(4)))
-    free = head.sample(hidden, noise=ImageNoise(range(4)), clip=False)
-    assert clipped.abs().max() <= 0.2 + 1e-6
-    assert free.abs().max() > 0.21
+    largest = [
+        head.sample(hidden, noise=ImageNoise(range(4)), clip=clip).abs().max().item()
+        for clip in (None, 1.0, 1.5, 0.0)
+    ]
+    assert largest[:3] == pytest.approx([0.2, 0.2, 0.3]) and largest[3] > 0.31
     with pytest.raises(ValueError, match="clip"):
-        build(FlowResidualHead).sample(hidden, noise=ImageNoise(range(4)), clip=True)
+        build(FlowResidualHead).sample(hidden, noise=ImageNoise(range(4)), clip=1.0)
+
+
+def test_limits_of_older_configs_were_true_and_false() -> None:
+    limits = [build(ResidualHead, clip_denoised=given).clip_denoised for given in (True, False)]
+    assert limits == [1.0, 0.0]
 
 
 @HEADS
@@ -350,6 +356,7 @@ def test_a_head_learns_a_residual_that_its_condition_decides(kind: type) -> None
     [
         (ResidualHead, {"sample_steps": 2000}, "sample_steps 2000"),
         (ResidualHead, {"batch_mul": 0}, "batch_mul 0"),
+        (ResidualHead, {"clip_denoised": -1.0}, "clip_denoised -1.0"),
         (FlowResidualHead, {"solver": "rk9"}, "rk9"),
         (FlowResidualHead, {"sample_steps": 0}, "sample_steps 0"),
     ],

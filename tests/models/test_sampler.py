@@ -212,7 +212,7 @@ def test_the_null_caption_is_seen_in_the_length_of_the_prompt_or_in_full() -> No
         {"schedule": "cosine"},
         {"residual_temperature": 0.0},
         {"residual_steps": 2},
-        {"residual_clip": False},
+        {"residual_clip": 0.0},
         {"residual_guidance": 0.0},
     ],
 )
@@ -380,7 +380,7 @@ def test_an_image_with_one_token_to_draw_may_stand_beside_one_with_many(changes:
     ("kind", "changes", "message"),
     [
         (ResidualHead, {"residual_steps": 2000}, "residual_steps 2000 is above the head's 1000"),
-        (FlowResidualHead, {"residual_clip": True}, "residual_clip must be None or False"),
+        (FlowResidualHead, {"residual_clip": 1.0}, "residual_clip must be null or 0"),
     ],
 )
 def test_what_the_head_cannot_do_is_refused_before_anything_is_drawn(

@@ -32,6 +32,7 @@ from dcar.models.unmasking import (
         ("randomize_temperature", -0.5),
         ("residual_guidance", math.nan),
         ("residual_temperature", -1.0),
+        ("residual_clip", -1.0),
         ("schedule", "sine"),
         ("guidance_decay", "cosine"),
         ("guidance", "high"),
