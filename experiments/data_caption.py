@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from dcar.lit.captioning import NO_CAPTION, CaptionPredictor, PictureDecoder
 from dcar.models.captioner import Captioner, Prompt
 from experiments.config import ConfigError
-from experiments.predict import predict_shards
+from experiments.predict import open_sources, predict_shards
 from experiments.run import RunOptions
 
 
@@ -25,8 +25,10 @@ def read_prompts(prompts: dict[str, Any]) -> dict[str, Prompt]:
 def caption(config: DictConfig, options: RunOptions) -> None:
     """Caption every picture of `in` once for each prompt."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    sources, prompts = open_sources(config), read_prompts(plain["prompts"])
+    decode = PictureDecoder(max_side=config.max_side)
     captioner = Captioner(config.model, dtype=config.dtype, generation=plain["generation"])
-    predictor = CaptionPredictor(captioner=captioner, prompts=read_prompts(plain["prompts"]))
+    predictor = CaptionPredictor(captioner=captioner, prompts=prompts)
     settings = {
         "kind": "captions",
         **{key: plain[key] for key in ("model", "dtype", "prompts", "generation", "max_side")},
@@ -34,8 +36,9 @@ def caption(config: DictConfig, options: RunOptions) -> None:
     predict_shards(
         config,
         options,
+        sources=sources,
         module=predictor,
-        decode=PictureDecoder(max_side=config.max_side),
+        decode=decode,
         settings=settings,
         nothing_made=NO_CAPTION,
     )

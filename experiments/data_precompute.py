@@ -6,14 +6,14 @@ from dcar.data.transforms import ImageTransform
 from dcar.lit.precompute import ImageDecoder, TokenPredictor, describe_tokens
 from dcar.models.checkpoints import load_tokenizer
 from experiments.components import build
-from experiments.predict import predict_shards
+from experiments.predict import open_sources, predict_shards
 from experiments.run import RunOptions
 from experiments.train import resolve_precision
 
 
 def precompute(config: DictConfig, options: RunOptions) -> None:
     """Tokenise every sample of `in` once. Raises ValueError for a crop drawn at random."""
-    transform = ImageTransform(config.size, crop=config.crop)
+    sources, transform = open_sources(config), ImageTransform(config.size, crop=config.crop)
     tokenizer, module = load_tokenizer(config.checkpoint)
     text_encoder = build(config.text_encoder) if config.text else None
     predictor = TokenPredictor(tokenizer=tokenizer, text_encoder=text_encoder)
@@ -27,6 +27,7 @@ def precompute(config: DictConfig, options: RunOptions) -> None:
     predict_shards(
         config,
         options,
+        sources=sources,
         module=predictor,
         decode=ImageDecoder(transform, captioned=config.captioned),
         settings={

@@ -16,7 +16,7 @@ from dcar.models.checkpoints import Model
 from dcar.models.fingerprint import fingerprint
 from dcar.pipeline import DCARPipeline
 from experiments.config import at_least
-from experiments.predict import predict_shards
+from experiments.predict import open_sources, predict_shards
 from experiments.run import RunOptions
 from experiments.sample import find_model
 
@@ -76,6 +76,7 @@ class PicturePredictor(LightningModule):
 def generate(config: DictConfig, options: RunOptions) -> None:
     """Draw every caption of `in` once. Raises ValueError naming a setting that cannot be used."""
     at_least(config, 0, "seed")
+    sources = open_sources(config)
     model = find_model(config.ckpt, config.outputs)
     names = ("steps", "guidance", "height", "width")
     asked = {name: config[name] for name in names if config[name] is not None}
@@ -85,6 +86,7 @@ def generate(config: DictConfig, options: RunOptions) -> None:
     predict_shards(
         config,
         options,
+        sources=sources,
         module=PicturePredictor(model, seed=config.seed, precision=config.precision, options=asked),
         decode=read_prompt,
         settings={

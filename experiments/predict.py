@@ -8,13 +8,16 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from dcar.data.loader import death_of_worker
+from dcar.data.loader import death_of_worker, plain_error
 from dcar.data.storage import is_remote, join, local_path, parent
+from dcar.data.wording import amount
+from dcar.errors import DataError
 from dcar.lit.shard_reader import Decode, ShardReading, Source, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
 from experiments.components import build
+from experiments.config import check_writable
 from experiments.run import RunOptions
-from experiments.strategy import device_count
+from experiments.strategy import device_count, make_trainer, resolve_accelerator
 from experiments.train import resolve_precision
 
 PATIENCE = timedelta(days=30)  # of a rank that is done while another works on its last shards
@@ -30,9 +33,10 @@ def resolve_strategy(settings: dict[str, Any]) -> str | Strategy:
 def build_trainer(config: DictConfig, **options: Any) -> Trainer:
     settings = cast(dict[str, Any], OmegaConf.to_container(config.trainer, resolve=True))
     settings["devices"] = settings["devices"] or "auto"
+    settings["accelerator"] = resolve_accelerator(settings["accelerator"])
     settings["precision"] = resolve_precision(str(settings["precision"]), settings["accelerator"])
     settings["strategy"] = resolve_strategy(settings)
-    return Trainer(**settings, **options)
+    return make_trainer(settings, **options)
 
 
 def check_out(out: str, sources: Sequence[Source]) -> None:
@@ -45,23 +49,34 @@ def check_out(out: str, sources: Sequence[Source]) -> None:
             raise ValueError(f"out={out} holds the input, whose shards would be replaced")
 
 
+def open_sources(config: DictConfig) -> list[Source]:
+    """The shards of `in`, before anything large is loaded.
+
+    Raises FileNotFoundError where there are none, ValueError where `out` is their own folder.
+    """
+    sources = find_sources(cast(dict[str, Any], OmegaConf.to_container(config))["in"])
+    check_out(config.out, sources)
+    if not is_remote(config.out):
+        check_writable(config.out, is_folder=True)
+    return sources
+
+
 def predict_shards(
     config: DictConfig,
     options: RunOptions,
     *,
+    sources: Sequence[Source],
     module: LightningModule,
     decode: Decode,
     settings: dict[str, Any],
     nothing_made: str = "nothing made",
 ) -> None:
-    """One output shard in `out` for each input shard in `in`; what is finished is not made again.
+    """One output shard in `out` for each of `sources`; what is finished is not made again.
 
     settings: what the predictions depend on; shards in `out` of other settings, or of another input
     than the shard of their name, are refused. Raises ValueError, FileNotFoundError and DataError as
-    the reader and writer do.
+    the reader and writer do, RuntimeError for what passes for bad input but comes amid the work.
     """
-    sources = find_sources(cast(dict[str, Any], OmegaConf.to_container(config))["in"])
-    check_out(config.out, sources)
     progress = Progress(config.out, settings, sources=sources)
     data = ShardReading(
         sources,
@@ -71,14 +86,20 @@ def predict_shards(
         num_workers=config.num_workers,
         cache=build(config.shard_cache),
     )
+    writer = ShardPredictionWriter(progress, max_bad=config.max_bad, nothing_made=nothing_made)
     if options.dry_run:
         trainer = build_trainer(config, fast_dev_run=1)
     else:
-        writer = ShardPredictionWriter(progress, max_bad=config.max_bad, nothing_made=nothing_made)
         trainer = build_trainer(config, callbacks=[writer], logger=False)
     try:
         trainer.predict(module, datamodule=data, return_predictions=False)
+    except DataError as error:
+        raise plain_error(error) from error
     except RuntimeError as error:
         if (death := death_of_worker(error)) is None:
             raise
         raise death from error
+    except (ValueError, TypeError) as error:
+        if not writer.tried:
+            raise
+        raise RuntimeError(f"after {amount(writer.tried, 'sample')}: {error}") from error

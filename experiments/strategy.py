@@ -1,24 +1,61 @@
-"""How a training is spread over devices, from the config's trainer node."""
+"""The trainer, and how a run is spread over devices, from the config's trainer node."""
 
 from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dcar.lit.lost_ranks import NamesLostRanks
 from dcar.lit.sharding import ShardedStrategy
+from experiments.config import ConfigError
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
 
 
+def make_trainer(settings: dict[str, Any], **parts: Any) -> Trainer:
+    """Raises ConfigError for settings that Lightning or the machine has no use for."""
+    try:
+        return Trainer(**settings, **parts)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def resolve_accelerator(name: str) -> str:
+    """`auto`: CUDA (or ROCm) where there is a GPU of it, else the CPU.
+
+    Raises ConfigError for `mps`, which Lightning would take on a Mac: Apple's GPUs know no float64,
+    and codebooks and metrics count in it.
+    """
+    if name == "mps":
+        raise ConfigError(
+            "trainer.accelerator=mps: Apple's GPUs know no float64, which codebooks and metrics "
+            "count in; take trainer.accelerator=cpu"
+        )
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device_count(settings: dict[str, Any]) -> int:
-    """Processes of the run: devices on each node times nodes; `auto` is every GPU, or one CPU."""
+    """Processes of the run: devices on each node times nodes; `auto` is every GPU, or one CPU.
+
+    Raises ConfigError for what is no number of devices.
+    """
     devices = settings["devices"]
     if devices in ("auto", -1, "-1"):
         on_cpu = settings["accelerator"] == "cpu"
         devices = 1 if on_cpu else max(1, torch.cuda.device_count())
-    count = len(devices) if isinstance(devices, list) else int(devices)
+    if isinstance(devices, str) and "," in devices:
+        devices = [index for index in devices.split(",") if index.strip()]
+    try:
+        count = len(devices) if isinstance(devices, list) else int(devices)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"trainer.devices={devices} is neither a number, a list of indices, nor auto"
+        ) from None
     return count * int(settings["num_nodes"])
 
 

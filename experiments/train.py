@@ -9,9 +9,9 @@ from lightning import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from dcar.data.storage import write_atomically
 from dcar.lit.base import BaseModule
 from dcar.lit.board import TensorBoardLogger
 from dcar.lit.callbacks import ConfigText
@@ -27,7 +27,12 @@ from experiments.config import ConfigError, quick_dtype
 from experiments.lineage import lineage_of
 from experiments.resume import find_resume, finished
 from experiments.run import RunOptions
-from experiments.strategy import resolve_strategy, syncs_batchnorm
+from experiments.strategy import (
+    make_trainer,
+    resolve_accelerator,
+    resolve_strategy,
+    syncs_batchnorm,
+)
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
@@ -51,6 +56,7 @@ def build_trainer(
     config: DictConfig, module: BaseModule, options: RunOptions, *, resume: Path | None = None
 ) -> Trainer:
     settings = cast(dict[str, Any], OmegaConf.to_container(config.trainer, resolve=True))
+    settings["accelerator"] = resolve_accelerator(settings["accelerator"])
     settings["precision"] = resolve_precision(str(settings["precision"]), settings["accelerator"])
     settings["strategy"] = resolve_strategy(settings, alternates=len(module.optimized()) > 1)
     settings["sync_batchnorm"] = syncs_batchnorm(settings)
@@ -68,21 +74,13 @@ def build_trainer(
             callback.text = OmegaConf.to_yaml(config, resolve=True)
     if options.dry_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        return _trainer(settings | {"fast_dev_run": 1}, callbacks=callbacks, plugins=plugins)
+        return make_trainer(settings | {"fast_dev_run": 1}, callbacks=callbacks, plugins=plugins)
     loggers = [build_logger(node, resume) for node in config.loggers.values()]
-    trainer = _trainer(settings, callbacks=callbacks, logger=loggers, plugins=plugins)
+    trainer = make_trainer(settings, callbacks=callbacks, logger=loggers, plugins=plugins)
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.trainer = trainer
     return trainer
-
-
-def _trainer(settings: dict[str, Any], **parts: Any) -> Trainer:
-    """Raises ConfigError for settings that Lightning or the machine has no use for."""
-    try:
-        return Trainer(**settings, **parts)
-    except MisconfigurationException as error:
-        raise ConfigError(f"trainer: {error}") from error
 
 
 def model_config(config: DictConfig) -> dict[str, Any]:
@@ -175,7 +173,8 @@ def write_facts(
         "device": str(module.device),
         "metrics": metrics,
     }
-    (Path(config.output_dir) / "metrics.json").write_text(json.dumps(facts, indent=2) + "\n")
+    with write_atomically(Path(config.output_dir) / "metrics.json") as file:
+        file.write(json.dumps(facts, indent=2).encode() + b"\n")
 
 
 def export(module: MaskedARGenerator, config: DictConfig) -> None:

@@ -46,7 +46,7 @@ def build(
     return folder
 
 
-def stream(data: Path | ShardSet, **settings: Any) -> ShardStream:
+def stream(data: Path | ShardSet | None, **settings: Any) -> ShardStream:
     transform = ImageTransform(8, crop="random", flip=True)
     base = {"transform": transform, "batch_size": 3, "seed": 7, "shuffle": True, "buffer": 8}
     urls = data / "s*.tar" if isinstance(data, Path) else data

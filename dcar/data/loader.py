@@ -62,6 +62,11 @@ def death_of_worker(error: RuntimeError) -> DataError | None:
     return DataError(f"a process that reads data has died: {' '.join(str(error).split())}")
 
 
+def plain_error(error: DataError) -> DataError:
+    """An error of a worker without the traceback that torch puts before its words."""
+    return DataError(str(error).rpartition("DataError: ")[2].strip())
+
+
 def name_the_dead(workers: Sequence[BaseProcess]) -> str:
     """The sentence that tells which of the workers is gone, waiting a moment for its exit."""
     ended = wait([worker.sentinel for worker in workers], timeout=5)  # before it can be reaped
@@ -134,8 +139,8 @@ class ShardLoader(DataLoader):
     def _next(batches: Iterator[Batch]) -> Batch | None:
         try:
             return next(batches, None)
-        except DataError as error:  # of a worker: torch puts its whole traceback before the words
-            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+        except DataError as error:
+            raise plain_error(error) from error
         except RuntimeError as error:
             if (death := death_of_worker(error)) is None:
                 raise

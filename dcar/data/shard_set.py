@@ -1,5 +1,6 @@
 """The shards of one data set, wherever they lie: counts, facts, and any sample by its place."""
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from dcar.data.storage import expand, is_remote, join, list_files, name_of, pare
 from dcar.errors import DataError
 
 MAX_EDGE = 65_535  # of a picture, in a table of uint16
+MANY_OPEN = 4096
 OPEN_SHARDS = 16  # held open by a reader that does not say how many it needs
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,16 @@ def caption_names(data: bytes | str) -> dict[str, str]:
         return {name: text for name, text in words.items() if text and is_text(text)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def most_open() -> int:
+    """Files that one set may hold open: a quarter of what the system allows a process."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MANY_OPEN
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MANY_OPEN if limit == resource.RLIM_INFINITY else max(2, limit // 4)
 
 
 class OpenShards:
@@ -70,6 +82,8 @@ class OpenShards:
             except FileNotFoundError:  # another process made room in the cache in between
                 index = ShardIndex(self.cache.fetch(url, entry))
         except (DataError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise DataError(f"{url} cannot be opened: {error}") from error
             self.cache.forget(url, entry)
             self._lost.add(url)
             log.warning("a shard is lost: %s", error)
@@ -132,14 +146,17 @@ class ShardSet:
 
     def keep_open(self, shards: int) -> None:
         """How many shards a reader goes back and forth between."""
-        self.shards.room = max(shards, 2) * (1 + len(self.caption_folders))
+        self.shards.room = min(max(shards, 2) * (1 + len(self.caption_folders)), most_open())
 
     def read(self, shard: int, position: int) -> Raw:
         """Raises BadSample where the sample cannot be used."""
         index = self.shards.get(self.urls[shard], self.entries[shard])
         if index is None or position >= len(index):
             raise BadSample("lost with its shard")
-        return index.read(position)
+        try:
+            return index.read(position)
+        except OSError as error:  # the training saves a checkpoint, as for all DataErrors
+            raise DataError(f"{self.urls[shard]} cannot be read: {error}") from error
 
     def captions(self, shard: int, key: str) -> dict[str, str]:
         """Further captions of a sample, by name, from the caption shards."""
@@ -152,12 +169,13 @@ class ShardSet:
         return found
 
     def caption_names(self) -> set[str]:
-        """The names of the captions that samples have, as the first one of each folder tells."""
+        """The names of the captions that samples have, as the first hundred of each folder tell."""
         found = {OWN}
         for folder in self.caption_folders:
             index = self.shards.get(join(folder, name_of(self.urls[0])), None)
-            if index:  # with samples
-                found |= set(caption_names(index.read(0).get("json", b"")))
+            if index:
+                for position in range(min(len(index), 100)):
+                    found |= set(caption_names(index.read(position).get("json", b"")))
         return found
 
     def prepare(self, shard: int, first: int, stop: int) -> None:

@@ -139,14 +139,20 @@ def exists(url: str | Path) -> bool:
 
 
 def _local_files(root: Path) -> Iterator[str]:
-    """Links to folders are followed, but not those to a folder that they lie in."""
+    """Links to folders are followed, but not those to a folder that they lie in.
+
+    Raises OSError for a folder that cannot be listed: what is in it would be missed in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
 
     def identity(place: str) -> tuple[int, int]:
         facts = os.stat(place)
         return facts.st_dev, facts.st_ino
 
     above = {str(root): {identity(str(root))}}  # folder -> it and those on the way to it
-    for place, folders, names in os.walk(root, followlinks=True):
+    for place, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         yield from (os.path.join(place, name) for name in names)
         passed = above.pop(place)
         for name in list(folders):

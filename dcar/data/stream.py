@@ -254,19 +254,24 @@ class ShardStream(IterableDataset):
         self._announced |= {span.data_set: spans for span in spans}
 
     def _batch(self, order: Order, share: Share | Slice, epoch: int, batch: int) -> Batch:
-        units = [order.unit(epoch, number) for number in share.numbers(batch)]
-        places, shape = [place for unit in units for place in unit.places], units[0].shape
+        units = [(number, order.unit(epoch, number)) for number in share.numbers(batch)]
+        numbers = [number for number, unit in units for _ in unit.places]
+        places, shape = [place for _, unit in units for place in unit.places], units[0][1].shape
         bad: Counter[str] = Counter()
         samples = [self._sample(place, shape, bad) for place in places]
-        good = [sample for sample in samples if sample is not None]
-        if isinstance(share, Share) and len(good) < len(samples):
+        if isinstance(share, Share) and None in samples:
             others = (order.unit(epoch, number) for number in share.others(batch))
-            good = self._replaced(
+            samples[:] = self._replaced(
                 samples, shape, (place for unit in others for place in unit.places)
             )
-        rngs = [random.Random(f"{self.seed}/{epoch}/{sample.key}") for sample in good]
-        images = [self._cut(*pair, shape) for pair in zip(good, rngs, strict=True)]
-        captions = [self._caption(*pair) for pair in zip(good, rngs, strict=True)]
+        drawn = [  # by number too: in a mixture's epoch a small set comes more than once
+            (sample, random.Random(f"{self.seed}/{epoch}/{number}/{sample.key}"))
+            for number, sample in zip(numbers, samples, strict=True)
+            if sample is not None
+        ]
+        good = [sample for sample, _ in drawn]
+        images = [self._cut(*pair, shape) for pair in drawn]
+        captions = [self._caption(*pair) for pair in drawn]
         batch_of = collate(good, [image for image in images if image is not None], captions)
         return batch_of | {"bad": dict(bad), "slots": len(places)}
 

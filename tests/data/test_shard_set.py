@@ -5,9 +5,10 @@ import logging
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dcar.data.index import ShardIndex
 from dcar.data.members import BadSample
 from dcar.data.shard_set import ShardSet, caption_names
 from dcar.data.shards import ShardEntry, write_manifest, write_shards
+from dcar.errors import DataError
 from tests.servers import ALWAYS, Fault, FaultyServer
 from tests.shards import UNEVEN, build, row
 
@@ -124,6 +126,43 @@ def test_no_more_shards_stay_open_than_a_reader_asks_for(tmp_path):
     keys = [data.read(shard, 0)["__key__"] for shard in range(40)]
     assert len(set(keys)) == 40
     assert len(os.listdir("/proc/self/fd")) - before == 10
+
+
+@pytest.fixture
+def few_files() -> Iterator[Callable[[int], None]]:
+    """Lets the process open so many more files, until the test is over."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) - 1
+    yield lambda more: resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_set_holds_no_more_files_than_a_quarter_of_what_the_system_allows(tmp_path, few_files):
+    data = ShardSet(build(tmp_path, sizes=(1,) * 3) / "s*.tar")
+    few_files(60)
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    for asked in (10_000, 2):
+        data.keep_open(asked)
+        assert data.shards.room == min(asked, allowed // 4)
+
+
+def test_a_shard_is_not_lost_because_too_many_files_are_open(shards, few_files):
+    data = ShardSet(shards / "s*.tar")
+    few_files(0)
+    with pytest.raises(DataError, match=r"s0-000000.tar cannot be opened.*Too many open files"):
+        data.read(0, 0)
+
+
+def test_a_file_that_can_no_longer_be_read_is_named(shards):
+    data = ShardSet(shards / "s*.tar")
+    data.read(1, 0)
+    index = data.shards.get(data.urls[1], data.entries[1])
+    assert index is not None
+    os.close(index._file.fileno())  # the system gives an error, as for a file server that is away
+    with pytest.raises(DataError, match=r"s1-000000.tar cannot be read: .*Bad file descriptor"):
+        data.read(1, 1)
+    with pytest.raises(OSError, match="Bad file"):
+        index.close()
 
 
 def test_the_shards_that_were_read_last_stay_open(shards):
@@ -262,6 +301,17 @@ def test_captions_of_several_folders_are_joined_by_key(shards, tmp_path):
     assert data.captions(0, "k0004") == {}
     alone = ShardSet(shards / "s0*.tar", captions=str(tmp_path / "two"))
     assert alone.captions(0, "k0003") == {"two": "two words"}
+
+
+def test_names_of_captions_are_those_of_the_first_samples_not_of_one_alone(shards, tmp_path):
+    captions = [{"long": "words"}] * 2 + [{"long": "words", "short": "word"}]
+    rows = [
+        {"__key__": f"k{number:04d}", "json": json.dumps({"captions": each}).encode()}
+        for number, each in enumerate(captions)
+    ]
+    write_shards(rows, tmp_path, "s0", 3)
+    data = ShardSet(shards / "s0*.tar", captions=tmp_path)
+    assert data.caption_names() == {"own", "long", "short"}
 
 
 HALF = b'{"captions": {"a": "\\ud83d cat"}}'  # a character

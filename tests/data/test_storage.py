@@ -141,6 +141,20 @@ def test_files_below_a_folder_are_listed_in_order_through_links(tmp_path):
         list_files(tmp_path / "none")
 
 
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    touch(tmp_path, "set/a/1.jpg", "set/b/2.jpg")
+    scandir = os.scandir
+
+    def failing(place):  # as a file server that is away, or a folder of another user
+        if str(place).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(PermissionError, match=r"set/b"):
+        list_files(tmp_path / "set")
+
+
 def test_a_link_to_a_folder_that_it_lies_in_is_not_followed(tmp_path):
     touch(tmp_path, "set/a/1.jpg", "set/b/2.jpg")
     folder = tmp_path / "set"

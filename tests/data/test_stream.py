@@ -54,6 +54,18 @@ def test_each_epoch_draws_new_crops_of_the_same_pictures(shards):
     assert len(changed) > 10
 
 
+def test_a_small_set_is_cropped_anew_each_time_it_comes_within_a_mixture_s_epoch(shards, tmp_path):
+    parts = {
+        "many": Part(ShardSet(shards / "s*.tar"), weight=1.0),
+        "few": Part(ShardSet(other(tmp_path, 3) / "t*.tar"), weight=2.0),
+    }
+    batches = list(ShardLoader(stream(None, mixture=parts, cut_captions=1.0)))
+    pairs = [pair for batch in batches for pair in zip(batch["key"], batch["image"], strict=True)]
+    crops = [image for key, image in pairs if key == "k1000"]
+    assert len(crops) > 5  # of one picture, in one epoch
+    assert len({bytes(image.numpy()) for image in crops}) > 3
+
+
 def test_the_cache_changes_no_batch(shards):
     plain, cached = ShardLoader(stream(shards)), ShardLoader(stream(shards, cache=True))
     for _ in range(3):

@@ -184,7 +184,9 @@ def test_captions_of_parallel_shards_are_drawn_by_weight(shards, tmp_path):
     )
     total = sum(drawn.values())
     assert set(drawn) == {"picture", "long", "s"}
-    assert abs(drawn["long"] / total - 0.5) < 0.07 and abs(drawn["s"] / total - 0.25) < 0.06
+    share = (sum(UNEVEN) - len(UNEVEN)) / sum(UNEVEN)  # the others have their own words alone
+    assert abs(drawn["long"] / total - 0.5 * share) < 0.06
+    assert abs(drawn["s"] / total - 0.25 * share) < 0.06
 
 
 def test_some_captions_end_at_a_comma_and_differ_from_epoch_to_epoch(tmp_path):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from experiments.predict import PATIENCE, resolve_strategy
@@ -153,11 +154,34 @@ def test_a_dry_run_writes_nothing(toys: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_input_that_is_not_there_is_named(
+def test_input_that_is_not_there_is_named_before_anything_large_is_loaded(
     toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(toys, tmp_path, "in=nowhere/*.tar")) == 3
+    torn = tmp_path / "torn.ckpt"
+    torn.write_bytes(b"no checkpoint")
+    assert main(command(toys, tmp_path, "in=nowhere/*.tar", f"checkpoint={torn}")) == 3
     assert "nowhere/*.tar" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_none_is_told_in_a_line_from_a_worker_too(
+    toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "in" / "train-0-000000.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"<html>" * 500)
+    given = command(toys, tmp_path / "out", f"in={path}", "num_workers=1")
+    assert main(given) == 3
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith(f"error: {path}: ReadError") and "Traceback" not in line
+
+
+def test_a_device_that_is_not_there_is_a_line(
+    toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(command(toys, tmp_path / "out", "trainer.accelerator=gpu")) == 2
+    assert "error: trainer: " in capsys.readouterr().err
 
 
 def test_a_rank_that_is_done_waits_as_long_as_it_takes() -> None:

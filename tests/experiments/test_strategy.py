@@ -8,8 +8,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from dcar.lit.sharding import ShardedStrategy
-from experiments.config import load_config
-from experiments.strategy import device_count, resolve_strategy, syncs_batchnorm
+from experiments.config import ConfigError, load_config
+from experiments.strategy import (
+    device_count,
+    resolve_accelerator,
+    resolve_strategy,
+    syncs_batchnorm,
+)
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -30,11 +35,27 @@ def settings(**changes: Any) -> dict[str, Any]:
         ({}, 1),
         ({"devices": "auto"}, 1),
         ({"devices": [0, 2]}, 2),
+        ({"devices": "0,2,3"}, 3),
+        ({"devices": "1,"}, 1),
+        ({"devices": "2"}, 2),
         ({"devices": 4, "num_nodes": 2}, 8),
     ],
 )
 def test_processes_are_devices_times_nodes(changes: dict[str, Any], count: int) -> None:
     assert device_count(settings(**changes)) == count
+
+
+@pytest.mark.parametrize("devices", ["two", None, "1.5"])
+def test_what_is_no_number_of_devices_is_named(devices: object) -> None:
+    with pytest.raises(ConfigError, match=f"trainer.devices={devices} is neither a number"):
+        device_count(settings(devices=devices))
+
+
+def test_auto_is_never_an_apple_gpu_which_knows_no_float64() -> None:
+    assert resolve_accelerator("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_accelerator("gpu") == "gpu"
+    with pytest.raises(ConfigError, match="take trainer.accelerator=cpu"):
+        resolve_accelerator("mps")
 
 
 @pytest.mark.parametrize("alternates", [True, False])

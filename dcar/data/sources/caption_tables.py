@@ -58,6 +58,7 @@ def _csv_rows(url: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 def _json_rows(url: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
     with _text(url) as file:
+        is_checked = False
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -65,8 +66,9 @@ def _json_rows(url: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
                 row = dict(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{url}: line {number} is no JSON object: {error}") from error
-            if number == 1:
+            if not is_checked:
                 _check_columns(url, columns, list(row))
+                is_checked = True
             yield {column: row.get(column) for column in columns.values()}
 
 

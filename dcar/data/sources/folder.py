@@ -163,10 +163,10 @@ class Folder:
         raise FileNotFoundError(f"captions={captions}: no such file, nor {inside}")
 
     def _places(self) -> list[str]:
-        """Paths of all files below the folder but hidden ones, sorted."""
+        """Paths of all files below the folder, sorted; hidden ones and folders are left out."""
         start = join(self.path, "x")[:-1]
         places = [url.removeprefix(start) for url in list_files(self.path)]
-        return [place for place in places if not place.rpartition("/")[2].startswith(".")]
+        return [place for place in places if not f"/{place}".count("/.")]
 
     def _found(self, place: str, names: set[str]) -> Found:
         """With the words of the file beside it, where there is one among `names`."""

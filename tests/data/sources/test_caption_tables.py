@@ -66,6 +66,13 @@ def test_a_damaged_table_is_named(name: str, data: bytes, tmp_path: Path) -> Non
         read(tmp_path / name)
 
 
+def test_columns_are_looked_for_in_the_first_row_that_is_not_empty(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    path.write_text('\n{"file": "1.jpg", "text": "a"}\n')
+    with pytest.raises(ValueError, match="file_name"):
+        list(read_table(str(path), image_column="file_name", caption_column="text"))
+
+
 def test_a_table_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="t.xlsx is none of .csv"):
         read(tmp_path / "t.xlsx")

@@ -81,7 +81,7 @@ def test_pictures_whose_keys_would_be_the_same_are_told_apart(tmp_path: Path) ->
 
 
 def test_hidden_files_are_no_pictures_and_other_types_are_counted(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "in", ["a.jpg", "b.gif", "._a.jpg", ".c.jpg"])
+    folder = pictures(tmp_path / "in", ["a.jpg", "b.gif", "._a.jpg", ".c.jpg", ".thumbs/a.jpg"])
     write(folder / "notes.md", "no picture")
     records = read(folder, tmp_path / "work", val_share=0.0)["train"]
     dropped = [(record.key, record.dropped) for record in records]
