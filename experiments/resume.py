@@ -9,6 +9,7 @@ from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import sweep
 from dcar.lit.last_checkpoint import step_files
 from dcar.models.checkpoints import read_checkpoint
+from experiments.config import ConfigError
 
 
 def _glance(path: Path) -> int | CheckpointError:
@@ -56,12 +57,18 @@ def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:
     """The checkpoint to go on from, after the remains of killed runs are swept away.
 
     `last` and `auto` fall back to the newest whole checkpoint of the run where last.ckpt is damaged
-    or missing; `auto` is None where there is none at all. Raises CheckpointError where a named one
-    is not there or damaged, and where all of them are.
+    or missing; `auto` is None where there is none at all. `new` starts afresh, and replaces what an
+    earlier run has left. Raises CheckpointError where a named one is not there or damaged, and
+    where all of them are; ConfigError for no word at all where there are checkpoints to lose.
     """
-    if ckpt is None:
-        return None
     folder = Path(config.output_dir) / "checkpoints"
+    if ckpt is None and any(folder.glob("*.ckpt")):
+        raise ConfigError(
+            f"{folder} holds checkpoints of an earlier run: --ckpt=auto goes on from them, "
+            "--ckpt=new replaces them, outputs=FOLDER leaves them where they are"
+        )
+    if ckpt in (None, "new"):
+        return None
     sweep(folder)
     if ckpt in ("last", "auto"):
         found = _last(folder)
@@ -69,7 +76,7 @@ def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:
             path = folder / "last.ckpt"
             raise CheckpointError(f"--ckpt last: there is no checkpoint at {path}")
         return found
-    path = folder / "best.ckpt" if ckpt == "best" else Path(ckpt)
+    path = folder / "best.ckpt" if ckpt == "best" else Path(str(ckpt))
     if isinstance(trouble := _glance(path), CheckpointError):
         raise CheckpointError(f"--ckpt {ckpt}: {trouble}")
     return path

@@ -48,7 +48,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says beside the configuration. ckpt: last, best, auto or a path."""
+    """What the command line says beside the configuration. ckpt: last, best, auto, new, a path."""
 
     ckpt: str | None = None
     dry_run: bool = False
@@ -71,8 +71,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             "help": "build everything, take one step, write no files",
         },
         "--ckpt": {
-            "metavar": "last|best|auto|PATH",
-            "help": "continue from a checkpoint; auto starts fresh where there is none",
+            "metavar": "last|best|auto|new|PATH",
+            "help": "continue from a checkpoint; auto starts where there is none, new replaces it",
         },
     }
     for name, settings in options.items():
@@ -128,7 +128,7 @@ def check_ckpt(config: DictConfig, ckpt: str | None) -> None:
             f"--ckpt={ckpt}: each training of exp={config.exp} goes on from its own last "
             "checkpoint, without being told"
         )
-    is_place = "ckpt" in config and ckpt not in ("last", "best", "auto")
+    is_place = "ckpt" in config and ckpt not in ("last", "best", "auto", "new")
     hint = f"; did you mean ckpt={ckpt}?" if is_place else ""
     raise ConfigError(f"--ckpt={ckpt} is for trainings, and exp={config.exp} is none{hint}")
 

@@ -92,7 +92,7 @@ def model_config(config: DictConfig) -> dict[str, Any]:
 
 def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Fit, or go on fitting, one module. Returns the last logged metrics by name."""
-    resume = find_resume(config, options.ckpt)
+    resume = find_resume(config, options.ckpt or ("new" if options.dry_run else None))
     if finished(resume, config):
         rank_zero_info(f"{config.exp}: all {config.max_steps} steps are done ({resume})")
         return {}

@@ -1,7 +1,8 @@
 """Near-duplicates among perceptual hashes of 64 bits: which samples look like an earlier one.
 
 No pair is compared that cannot be near: of `distance + 3` blocks of bits, two hashes that differ
-in at most `distance` bits share three, so sorting by each three blocks brings them together.
+in at most `distance` bits share three, so sorting by each three blocks brings them together. Among
+very many hashes too many share three by chance: then it is four of `distance + 4` blocks.
 """
 
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ import numpy as np
 from PIL import Image
 
 BITS = 64
-MAX_DISTANCE = 8  # 165 sorts; unlike pictures begin to look alike beyond it
-_SHARED_BLOCKS = 3
+MAX_DISTANCE = (
+    8  # 165 sorts, 495 of over half a million hashes; unlike pictures begin to look alike beyond it
+)
 CROWD = 16
+BY_CHANCE = 4  # hashes that may share a key by chance, on average
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -78,7 +81,7 @@ def _near_pairs(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, list[np.
     crowd, only those that stay are to be compared, as their pairs would be too many.
     """
     found, crowds = [np.empty((0, 2), dtype=np.int64)], []
-    for key in _keys(hashes, distance + _SHARED_BLOCKS):
+    for key in _keys(hashes, distance, shared_blocks(len(hashes), distance)):
         order = np.argsort(key, kind="stable")
         starts = np.flatnonzero(np.diff(key[order], prepend=~key[order[:1]]))
         lengths = np.diff(starts, append=len(key))
@@ -89,11 +92,17 @@ def _near_pairs(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, list[np.
     return np.unique(np.concatenate(found), axis=0), crowds
 
 
-def _keys(hashes: np.ndarray, blocks: int) -> Iterator[np.ndarray]:
-    """The bits of each three of `blocks` blocks, other bits zero."""
+def shared_blocks(count: int, distance: int) -> int:
+    """How many blocks make a key: three, or four for so many hashes that three are too few bits."""
+    return 3 if count <= BY_CHANCE << (3 * BITS // (distance + 3)) else 4
+
+
+def _keys(hashes: np.ndarray, distance: int, shared: int) -> Iterator[np.ndarray]:
+    """The bits of each `shared` of `distance + shared` blocks, other bits zero."""
+    blocks = distance + shared
     edges = [BITS * block // blocks for block in range(blocks + 1)]
     masks = [(1 << high) - (1 << low) for low, high in zip(edges, edges[1:], strict=False)]
-    for chosen in combinations(masks, min(_SHARED_BLOCKS, blocks)):
+    for chosen in combinations(masks, shared):
         yield hashes & np.uint64(sum(chosen))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcar.data import duplicates
 from dcar.data.duplicates import find_duplicates, perceptual_hash
 from tests.builds import picture
 
@@ -38,8 +39,18 @@ def with_neighbours(count: int = 150) -> np.ndarray:
     return rng.permutation(np.concatenate(found))
 
 
+def test_keys_are_longer_where_many_hashes_would_share_short_ones() -> None:
+    counts = [1000, 500_000, 600_000, 5_000_000]
+    assert [duplicates.shared_blocks(count, 8) for count in counts] == [3, 3, 4, 4]
+    assert [duplicates.shared_blocks(count, 4) for count in counts] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("by_chance", [4, 0])  # keys of three blocks, of four
 @pytest.mark.parametrize("distance", [0, 1, 3, 4, 6, 8])
-def test_it_finds_what_comparing_all_pairs_finds(distance: int) -> None:
+def test_it_finds_what_comparing_all_pairs_finds(
+    distance: int, by_chance: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "BY_CHANCE", by_chance)
     hashes = with_neighbours()
     assert np.array_equal(find_duplicates(hashes, distance=distance), all_pairs(hashes, distance))
 

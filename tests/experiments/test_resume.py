@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import link_durably, save_durably
 from dcar.models.checkpoints import digest_path
+from experiments.config import ConfigError
 from experiments.resume import find_resume, finished
 
 
@@ -51,10 +52,18 @@ DAMAGES = [truncate, empty, flip, Path.unlink]
 
 
 def test_a_run_goes_on_from_last_best_or_a_path_or_begins(folder: Path) -> None:
-    assert resumed(folder, None) is None
     assert resumed(folder, "auto") == resumed(folder, "last") == "last.ckpt"
     assert resumed(folder, "best") == "best.ckpt"
     assert resumed(folder, str(folder / "step_00000020.ckpt")) == "step_00000020.ckpt"
+
+
+def test_checkpoints_are_replaced_where_that_is_asked_for_alone(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--ckpt=auto goes on .* --ckpt=new replaces them"):
+        resumed(folder, None)
+    assert resumed(folder, "new") is None
+    for path in folder.iterdir():
+        path.unlink()
+    assert resumed(folder, None) is None
 
 
 @pytest.mark.parametrize("ckpt", ["auto", "last"])
