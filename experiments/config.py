@@ -46,7 +46,8 @@ def places(reference: str, outputs: str, *, models_first: bool = False) -> list[
         return [*models, *checkpoints] if models_first else [*checkpoints, *models]
 
     shipped = REPOSITORY / "dcar/weights" / reference / "config.json"
-    return [*within(Path(reference)), shipped, *within(Path(outputs) / reference)]
+    named = [*within(Path(reference)), shipped, *within(Path(outputs) / reference)]
+    return list(dict.fromkeys(named))  # of an absolute path they are the same
 
 
 def found(place: Path) -> Path:
@@ -144,7 +145,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         known = experiment_names()
         raise ConfigError(f"no experiment {name!r}{nearest(name, known)} (--list shows them)")
     base = _compose(name, [])
-    overrides = [_added(as_text(override), base) for override in overrides]
+    overrides = [as_text(override) for override in overrides]
+    swapped = _with_components(name, overrides) or base
+    overrides = [_added(override, swapped) for override in overrides]
     try:
         config = _compose(name, overrides)
     except ConfigError as error:
@@ -156,6 +159,15 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_missing(error)) from error
     return config
+
+
+def _with_components(name: str, overrides: Sequence[str]) -> DictConfig | None:
+    """The configuration with its components swapped, before their own settings change."""
+    chosen = [one for one in overrides if (CONFIGS / one.partition("=")[0]).is_dir()]
+    try:
+        return _compose(name, chosen) if chosen else None
+    except ConfigError:  # told when all is composed
+        return None
 
 
 def _added(override: str, base: DictConfig) -> str:
@@ -174,7 +186,10 @@ def _arguments(base: DictConfig, parent: str) -> list[str]:
     if not isinstance(node, DictConfig):
         return []
     target = "lightning.Trainer" if parent == "trainer" else node.get("_target_")
-    taken = inspect.signature(get_object(target)).parameters if target else ()
+    try:
+        taken = inspect.signature(get_object(target)).parameters if target else ()
+    except ValueError:  # a class written in C, as that of None is
+        return []
     return [name for name in taken if name not in node]
 
 

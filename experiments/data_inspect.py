@@ -21,12 +21,12 @@ from dcar.data.members import BadSample
 from dcar.data.samples import image_bytes, read_caption
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import read_manifest
-from dcar.data.storage import exists, join, name_of, write_atomically
+from dcar.data.storage import exists, is_remote, join, name_of, write_atomically
 from dcar.errors import DataError
 from dcar.evaluation.data_charts import Cell, contact_sheet, stats_png
 from dcar.evaluation.sheets import save_png
 from experiments.build_progress import size_text
-from experiments.config import ConfigError, at_least
+from experiments.config import ConfigError, at_least, check_writable
 from experiments.run import RunOptions
 
 NAMED_SHARDS = 5  # in the one line of an error
@@ -50,9 +50,18 @@ def progress(folder: str, samples: int | None = None) -> Iterator[Tick]:
         yield lambda done, size: bar.update(task, completed=done)
 
 
+def check_local(out: str | None, *, is_folder: bool = False) -> None:
+    """Raises ConfigError where nothing could be written; a store is only known when it is."""
+    if out and not is_remote(out):
+        check_writable(out, is_folder=is_folder)
+
+
 def verify(config: DictConfig, options: RunOptions) -> data_verify.Report:
     """Name every shard with a problem. Raises DataError when there is one."""
     folder = str(config["in"])
+    if exists(join(folder, WORK)):
+        raise DataError(f"{folder} holds an unfinished build: run the same data/build again")
+    check_local(config.out)
     with progress(folder) as tick:
         report = data_verify.verify(
             folder,
@@ -67,8 +76,6 @@ def verify(config: DictConfig, options: RunOptions) -> data_verify.Report:
     if config.out and not options.dry_run:
         with write_atomically(config.out) as file:
             file.writelines(f"{line}\n".encode() for line in report.lines())
-    if exists(join(folder, WORK)):
-        raise DataError(f"{folder} holds an unfinished build: run the same data/build again")
     if altered := report.altered:
         named = ", ".join(altered[:NAMED_SHARDS])
         more = f" and {len(altered) - NAMED_SHARDS} more" if len(altered) > NAMED_SHARDS else ""
@@ -85,6 +92,7 @@ def print_lines(lines: Iterable[str]) -> None:
 def stats(config: DictConfig, options: RunOptions) -> data_stats.Stats:
     """Print a table of what the shards hold; write it as stats.json and stats.png."""
     folder = str(config["in"])
+    check_local(config.out, is_folder=True)
     with progress(folder, config.samples) as tick:
         found = data_stats.collect(
             folder,
@@ -155,6 +163,7 @@ def peek(config: DictConfig, options: RunOptions) -> list[Cell]:
     """Draw samples and write the sheet. Raises DataError where the shards hold no pictures."""
     if not str(config.out).lower().endswith(".png"):
         raise ConfigError(f"out={config.out} must end in .png")
+    check_local(config.out)
     at_least(config, 1, "samples", "columns")
     cells = drawn(str(config["in"]), config.samples, seed=config.seed, split=config.split)
     sheet = contact_sheet(cells, columns=config.columns)

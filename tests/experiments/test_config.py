@@ -87,6 +87,14 @@ def test_such_a_key_may_come_with_another_choice_of_its_group() -> None:
     assert load_config("quickstart/stage1", more).data.train.transform.crop == "center"
 
 
+def test_such_a_key_may_be_of_the_other_choice_alone() -> None:
+    more = ["discriminator=patch_small", "discriminator.norm=group", "criterion.pixel_weight=2"]
+    config = load_config("finetune/decoder", ["init_from=mini", "data_root=x", *more])
+    assert (config.discriminator.width, config.discriminator.norm) == (32, "group")
+    with pytest.raises(ConfigError, match="discriminator.nrm"):
+        load_config("finetune/decoder", ["init_from=mini", "data_root=x", "discriminator.nrm=1"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

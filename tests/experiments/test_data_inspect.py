@@ -44,6 +44,20 @@ def test_a_folder_that_is_well_exits_with_0(folder: Path, capsys) -> None:
     assert capsys.readouterr().out == f"{folder}: 4 shards, 25 samples, all well\n"
 
 
+@pytest.mark.parametrize(
+    ("task", "out"), [("stats", "file"), ("verify", "folder"), ("peek", "file/sheet.png")]
+)
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(
+    folder: Path, task: str, out: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    assert main([f"--exp=data/{task}", f"in={folder}", f"out={tmp_path / out}"]) == 2
+    printed = capsys.readouterr()
+    assert f"out={tmp_path / out}" in printed.err and printed.out == ""
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_an_unfinished_build_exits_with_3(folder: Path, capsys) -> None:
     (folder / ".build").mkdir()
     (folder / ".build" / "settings.json").write_text("{}")
