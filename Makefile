@@ -21,7 +21,9 @@ install: $(STAMP)  ## make .venv and install the project with pinned versions
 quickstart: $(STAMP)  ## train all of DC-AR on the embedded data, sample, write a report
 	$(BIN)/python -m experiments.run --exp=quickstart outputs=$(OUTPUTS)
 
-export PROMPT ?= a sunflower, 3d style
+PROMPT ?= a sunflower, 3d style
+# as it was given: a $ in a prompt is a dollar
+override export PROMPT := $(value PROMPT)
 
 sample: $(STAMP)  ## a picture of PROMPT by the shipped model: make sample PROMPT="a sunflower, 3d style"
 	@$(BIN)/python -m experiments.run --exp=sample "prompt=$$PROMPT" out=$(OUTPUTS)/sample.png
