@@ -28,6 +28,13 @@ REPOSITORY = Path(__file__).parents[1]
 # Keys that a choice of `data` may or may not read.
 OF_DATA = ("train_urls", "val_urls", "data_root", "captions", "val_captions", "caption_weights")
 OF_SEVERAL_KINDS = ("compile", "trainer.devices")  # whose users check them
+# What keys take that are null by default.
+WHEN_GIVEN = {
+    **dict.fromkeys(("processes", "samples", "batch_size", "accumulate", "size"), "integer"),
+    **dict.fromkeys(("max_steps", "steps", "height", "width", "near_duplicates"), "integer"),
+    **dict.fromkeys(("guidance", "max_aspect", "memory_gib", "peak_tflops"), "number"),
+    **dict.fromkeys(("tf32_tflops", "fp32_tflops"), "number"),
+}
 
 
 class ConfigError(ValueError):
@@ -270,11 +277,12 @@ def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str])
             new = OmegaConf.select(config, key)
         except OmegaConfBaseException:
             continue
-        if old in (None, "auto") or new is None or "/" in key or key in OF_SEVERAL_KINDS:
+        if old == "auto" or new is None or "/" in key or key in OF_SEVERAL_KINDS:
             continue
-        expected = _kind(old)
+        expected = WHEN_GIVEN.get(key, _kind(new)) if old is None else _kind(old)
+        example = "" if old is None else f", as in {key}={old}"
         if expected != _kind(new) and not (expected == "number" and _kind(new) == "integer"):
-            raise ConfigError(f"{key}={new}: expected {expected}, as in {key}={old}")
+            raise ConfigError(f"{key}={new}: expected {expected}{example}")
 
 
 def _check_use(name: str, config: DictConfig, overrides: Sequence[str]) -> None:

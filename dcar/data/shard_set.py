@@ -6,6 +6,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def caption_names(data: bytes | str) -> dict[str, str]:
         return {name: text for name, text in words.items() if text and is_text(text)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def counted(path: Path) -> int:
+    """`count_samples`, once for a file that stays as it is: several sets of a run may read it."""
+    facts = path.stat()
+    return _counted(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _counted(path: Path, size: int, changed: int) -> int:
+    return count_samples(path)
 
 
 def most_open() -> int:
@@ -127,7 +139,7 @@ class ShardSet:
         manifests = {folder: read_manifest(folder) for folder in self.folders if _listed(folder)}
         self.entries = [manifests.get(parent(url), {}).get(name_of(url)) for url in self.urls]
         self.counts = [
-            entry.samples if entry else count_samples(self.cache.fetch(url))
+            entry.samples if entry else counted(self.cache.fetch(url))
             for url, entry in zip(self.urls, self.entries, strict=True)
         ]
         folders = [captions] if isinstance(captions, str | Path) else list(captions or ())

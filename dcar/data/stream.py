@@ -105,6 +105,8 @@ class ShardStream(IterableDataset):
         self._check_weights(caption_weights or {})
         if len(self.parts) > 1 and not shuffle:
             raise ValueError("a mixture is for training: without shuffle, give urls")
+        if len(self.parts) == 1 and samples_per_epoch is not None:
+            raise ValueError(f"samples_per_epoch {samples_per_epoch} is for a mixture of sets")
         self.transform, self.batch_size, self.seed = transform, batch_size, seed
         self.shuffle, self.captioned, self.buffer = shuffle, captioned, buffer
         self.caption_weights = None if caption_weights is None else dict(caption_weights)
@@ -218,8 +220,9 @@ class ShardStream(IterableDataset):
                 raise ValueError(f"{held} for {world} ranks: each needs at least one")
             return Slice(order.size, rank, world, units)
         if order.size < units * world:
+            held = self.samples_per_epoch or sum(self.counts)
             raise ValueError(
-                f"{sum(self.counts)} samples cannot fill one batch of {self.batch_size} "
+                f"{held} samples cannot fill one batch of {self.batch_size} "
                 f"on each of {amount(world, 'rank')}: give a smaller batch_size"
             )
         return Share(taken, order.size, rank, world, units)

@@ -1,5 +1,6 @@
 """Shard sets: any sample of any shard, what manifests say, files that belong to one process."""
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dcar.data import shard_set
 from dcar.data.cache import ShardCache
 from dcar.data.index import ShardIndex
 from dcar.data.members import BadSample
@@ -34,6 +36,17 @@ def test_counts_come_from_the_manifest_or_from_the_shards(shards, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for folder in (shards, tmp_path):
         assert ShardSet(folder / "s*.tar").counts == list(UNEVEN)
+
+
+def test_a_shard_is_counted_once_until_it_changes(shards, tmp_path):
+    path = tmp_path / "s0-000000.tar"
+    path.write_bytes((shards / "s0-000000.tar").read_bytes())
+    assert ShardSet(path).counts == [13]
+    before = shard_set._counted.cache_info().hits
+    assert ShardSet(path).counts == [13]
+    assert shard_set._counted.cache_info().hits == before + 1
+    path.write_bytes((shards / "s1-000000.tar").read_bytes())
+    assert ShardSet(path).counts == [7]
 
 
 def test_any_sample_is_read_by_its_place(shards):
@@ -129,26 +142,34 @@ def test_no_more_shards_stay_open_than_a_reader_asks_for(tmp_path):
 
 
 @pytest.fixture
-def few_files() -> Iterator[Callable[[int], None]]:
-    """Lets the process open so many more files, until the test is over."""
+def no_more_files() -> Iterator[None]:
+    """The process has as many files open as it may."""
+    gc.collect()  # closes those of sets that are gone
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd")) - 1
-    yield lambda more: resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, before[1]))
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    held: list[int] = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        yield
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_set_holds_no_more_files_than_a_quarter_of_what_the_system_allows(tmp_path, few_files):
-    data = ShardSet(build(tmp_path, sizes=(1,) * 3) / "s*.tar")
-    few_files(60)
+def test_a_set_holds_no_more_files_than_a_quarter_of_what_the_system_allows(shards):
+    data = ShardSet(shards / "s*.tar")
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    for asked in (10_000, 2):
+    for asked in (2 * allowed, 2):
         data.keep_open(asked)
         assert data.shards.room == min(asked, allowed // 4)
 
 
-def test_a_shard_is_not_lost_because_too_many_files_are_open(shards, few_files):
+def test_a_shard_is_not_lost_because_too_many_files_are_open(shards, request):
     data = ShardSet(shards / "s*.tar")
-    few_files(0)
+    request.getfixturevalue("no_more_files")
     with pytest.raises(DataError, match=r"s0-000000.tar cannot be opened.*Too many open files"):
         data.read(0, 0)
 

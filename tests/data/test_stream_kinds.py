@@ -57,6 +57,10 @@ def test_a_mixture_is_taken_up_exactly(shards, tmp_path):
 
 def test_an_epoch_of_a_mixture_is_as_long_as_one_says(shards, tmp_path):
     assert len(mixture(shards, other(tmp_path), samples_per_epoch=30)) == 10
+    with pytest.raises(ValueError, match="2 samples cannot fill one batch of 3"):
+        len(mixture(shards, other(tmp_path / "more"), samples_per_epoch=2))
+    with pytest.raises(ValueError, match="samples_per_epoch 30 is for a mixture"):
+        stream(shards, samples_per_epoch=30)
 
 
 def test_an_epoch_of_a_mixture_with_buckets_is_counted_in_samples(tmp_path):

@@ -82,6 +82,21 @@ def test_what_a_class_takes_may_be_given_though_no_file_has_it(override: str, va
     assert OmegaConf.select(load_config("smoke/stage1", [override]), key) == value
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("data/stats", "samples=ten", "samples=ten: expected integer"),
+        ("data/stats", "processes=1.5", "processes=1.5: expected integer"),
+        ("plan", "memory_gib=much", "memory_gib=much: expected number"),
+        ("eval/generate", "guidance=high", "guidance=high: expected number"),
+    ],
+)
+def test_keys_that_are_null_by_default_have_a_kind_too(name, override, message) -> None:
+    given = {"data/stats": ["in=x"], "plan": ["exp=smoke/stage1"]}.get(name, ["in=x", "out=x"])
+    with pytest.raises(ConfigError, match=message):
+        load_config(name, [*given, override])
+
+
 def test_such_a_key_may_come_with_another_choice_of_its_group() -> None:
     more = ["data=shards", "train_urls=a", "val_urls=b", "data.train.transform.crop=center"]
     assert load_config("quickstart/stage1", more).data.train.transform.crop == "center"
