@@ -220,9 +220,9 @@ class ShardStream(IterableDataset):
                 raise ValueError(f"{held} for {world} ranks: each needs at least one")
             return Slice(order.size, rank, world, units)
         if order.size < units * world:
-            held = self.samples_per_epoch or sum(self.counts)
+            total = self.samples_per_epoch or sum(self.counts)
             raise ValueError(
-                f"{held} samples cannot fill one batch of {self.batch_size} "
+                f"{total} samples cannot fill one batch of {self.batch_size} "
                 f"on each of {amount(world, 'rank')}: give a smaller batch_size"
             )
         return Share(taken, order.size, rank, world, units)
