@@ -22,6 +22,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_values_that_come_with_it_are_possible_for_the_shipped_model(tmp_path: Path) -> None:
     assert main(["--exp=eval/sweep", *SMALL, f"out={tmp_path}/out", "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
