@@ -14,6 +14,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint or model folder cannot be used; the message says why and what to do."""
 
 
+class MissingExtraError(ImportError):
+    """A package that few need is not installed; the message says which extra brings it."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite; the optimizer step was not taken."""
 

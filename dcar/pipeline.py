@@ -1,7 +1,7 @@
 """Prompt to picture: `DCARPipeline.from_pretrained("mini")("a red apple, flat style")`."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +68,8 @@ class DCARPipeline:
 
         Raises ValueError naming the argument that cannot be used.
         """
+        if not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts {prompts!r} is no text and no sequence of texts")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("prompts is empty")
@@ -79,7 +81,7 @@ class DCARPipeline:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         settings = self.settings(steps=steps, guidance=guidance)
-        grid = self._grid("height", height), self._grid("width", width)
+        grid = self.tokens_along("height", height), self.tokens_along("width", width)
         options = {"grid": grid, "settings": settings, "on_step": on_step}
         images: list[Image] = []
         for part in chunks(len(prompts), batch_size):
@@ -107,7 +109,11 @@ class DCARPipeline:
             image = self.model.tokenizer.decode_tokens(tokens.ids, tokens.residual)
         return image.float().clamp(-1, 1)
 
-    def _grid(self, name: str, pixels: int | None) -> int:
+    def tokens_along(self, name: str, pixels: int | None) -> int:
+        """How many tokens a `height` or `width` of so many pixels is, None of the training size.
+
+        Raises ValueError naming the argument that cannot be used.
+        """
         pixels = self.model.size if pixels is None else pixels
         factor = self.model.tokenizer.downsample
         if pixels <= 0 or pixels % factor:

@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Keys that a choice of `data` may or may not read.
 OF_DATA = ("train_urls", "val_urls", "data_root", "captions", "val_captions", "caption_weights")
+OPTIONS = ("exp", "ckpt")  # of the command line, with dashes
 OF_SEVERAL_KINDS = ("compile", "trainer.devices")  # whose users check them
 # What keys take that are null by default.
 WHEN_GIVEN = {
@@ -158,14 +159,23 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         config = _compose(name, overrides)
     except ConfigError as error:
-        raise ConfigError(_explain(str(error), base, overrides)) from error
+        raise ConfigError(_explain(str(error), swapped, overrides)) from error
     _check_types(base, config, overrides)
     _check_use(name, config, overrides)
     try:
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain_missing(error)) from error
+    for key in _required(name):
+        if config[key] is None:
+            raise ConfigError(f"{key} must be given: add {key}=VALUE")
     return config
+
+
+def _required(name: str) -> list[str]:
+    """Keys that the experiment's own file leaves open: OmegaConf keeps an inherited null there."""
+    own = OmegaConf.load(EXPERIMENTS / f"{name}.yaml")
+    return [str(key) for key in own if OmegaConf.is_missing(own, key)]
 
 
 def _with_components(name: str, overrides: Sequence[str]) -> DictConfig | None:
@@ -203,9 +213,12 @@ def _arguments(base: DictConfig, parent: str) -> list[str]:
 def as_text(override: str) -> str:
     """An override as the shell gave it: free text, such as a prompt with commas, is quoted.
 
-    Hydra would take `a, b` for a sweep over two values, which no experiment here has.
+    Hydra would take `a, b` for a sweep over two values, which no experiment here has, and `${x}` for
+    another key's value, which no prompt means.
     """
     key, equals, value = override.partition("=")
+    if key == "prompt" and "${" in value and value[0] not in "['\"":
+        return _quoted(key, value.replace("${", "\\${"))
     try:
         if not OverridesParser.create().parse_override(override).is_sweep_override():
             return override
@@ -218,6 +231,10 @@ def as_text(override: str) -> str:
                 f"{override}: no list or mapping; text that begins with {value[0]!r} is "
                 f"given in quotes of its own: '{key}=\"{escaped}\"'"
             ) from None
+    return _quoted(key, value)
+
+
+def _quoted(key: str, value: str) -> str:
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"
 
@@ -242,7 +259,13 @@ def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
         known = [*flat_keys(base), *(f"{parent}.{name}" for name in _arguments(base, parent))]
         if found[1] in known:
             return f"this experiment has no choice of {found[1]}"
-        return f"unknown key {found[1]!r}{nearest(found[1], known)}"
+        if found[1] in OPTIONS:
+            return f"unknown key {found[1]!r}; did you mean --{found[1]}?"
+        parts = [name for name in known if found[1] in _arguments(base, name)]
+        deeper = [name for name in known if name.rpartition(".")[2] == found[1]]
+        deeper += [f"{name}.{found[1]}" for name in parts]
+        hint = f"; did you mean {deeper[0]!r}?" if deeper else nearest(found[1], known)
+        return f"unknown key {found[1]!r}{hint}"
     if found := re.search(r"Could not find '([^']+)/([^/']+)'", message):
         options = sorted(p.stem for p in (CONFIGS / found[1]).glob("*.yaml"))
         return f"{found[1]} has no choice {found[2]!r}{nearest(found[2], options)} (has {options})"

@@ -82,7 +82,9 @@ def generate(config: DictConfig, options: RunOptions) -> None:
     asked = {name: config[name] for name in names if config[name] is not None}
     pipeline = DCARPipeline(model, precision=config.precision)
     sampler = pipeline.settings(steps=config.steps, guidance=config.guidance)
-    shape = [model.size if side is None else side for side in (config.height, config.width)]
+    sides = {name: config[name] or model.size for name in ("height", "width")}
+    for name, side in sides.items():
+        pipeline.tokens_along(name, side)
     predict_shards(
         config,
         options,
@@ -93,7 +95,7 @@ def generate(config: DictConfig, options: RunOptions) -> None:
             "kind": "pictures",
             "model": describe_model(model, config.ckpt),
             "sampler": asdict(sampler),
-            "shape": shape,
+            "shape": [*sides.values()],
             "seed": config.seed,
             "precision": config.precision,
         },

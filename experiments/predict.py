@@ -78,6 +78,7 @@ def predict_shards(
     the reader and writer do, RuntimeError for what passes for bad input but comes amid the work.
     """
     progress = Progress(config.out, settings, sources=sources)
+    progress.check_folder()
     data = ShardReading(
         sources,
         decode=decode,

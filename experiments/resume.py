@@ -9,7 +9,7 @@ from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import sweep
 from dcar.lit.last_checkpoint import step_files
 from dcar.models.checkpoints import read_checkpoint
-from experiments.config import ConfigError
+from experiments.config import ConfigError, nearest
 
 
 def _glance(path: Path) -> int | CheckpointError:
@@ -77,8 +77,11 @@ def find_resume(config: DictConfig, ckpt: str | None) -> Path | None:
             raise CheckpointError(f"--ckpt last: there is no checkpoint at {path}")
         return found
     path = folder / "best.ckpt" if ckpt == "best" else Path(str(ckpt))
+    if (path / "checkpoints" / "last.ckpt").is_file():  # of a run's folder
+        path = path / "checkpoints" / "last.ckpt"
     if isinstance(trouble := _glance(path), CheckpointError):
-        raise CheckpointError(f"--ckpt {ckpt}: {trouble}")
+        hint = "" if path.exists() else nearest(str(ckpt), ("last", "best", "auto", "new"))
+        raise CheckpointError(f"--ckpt {ckpt}: {trouble}{hint}")
     return path
 
 

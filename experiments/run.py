@@ -21,7 +21,14 @@ from typing import Any
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from dcar.errors import CheckpointError, DataError, Interrupted, LostRankError, NonFiniteError
+from dcar.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    LostRankError,
+    MissingExtraError,
+    NonFiniteError,
+)
 from experiments.config import (
     ConfigError,
     experiment_names,
@@ -33,6 +40,7 @@ LOST, USAGE, DATA, NON_FINITE = 1, 2, 3, 4
 EXIT_CODES: dict[type[BaseException], int] = {
     ConfigError: USAGE,
     CheckpointError: USAGE,
+    MissingExtraError: USAGE,
     ValueError: USAGE,
     TypeError: USAGE,
     DataError: DATA,
@@ -119,6 +127,8 @@ def run(arguments: Sequence[str]) -> None:
 
 def check_ckpt(config: DictConfig, ckpt: str | None) -> None:
     """Raises ConfigError where nothing would go on from the checkpoint."""
+    if ckpt == "":
+        raise ConfigError("--ckpt is empty: last, best, auto, new, or a checkpoint")
     if ckpt is None or "keep_checkpoints" in config:  # a training
         return
     if "recipe" in config:

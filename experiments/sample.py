@@ -22,7 +22,7 @@ from dcar.models.checkpoints import (
     shipped_models,
 )
 from dcar.pipeline import DCARPipeline
-from experiments.config import ConfigError, at_least, check_writable, places
+from experiments.config import ConfigError, at_least, check_writable, nearest, places
 from experiments.run import RunOptions
 
 
@@ -61,8 +61,8 @@ def find_folder(reference: str, outputs: str, *, key: str = "ckpt") -> Path:
         )
     raise CheckpointError(
         f"{key}={reference} is no checkpoint, no model that comes with the package "
-        f"({', '.join(shipped_models())}), and no config.json lies in "
-        + " or ".join(str(config.parent) for config in configs)
+        f"({', '.join(shipped_models())}){nearest(reference, shipped_models())}, and no "
+        f"config.json lies in {' or '.join(str(config.parent) for config in configs)}"
     )
 
 

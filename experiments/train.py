@@ -23,7 +23,7 @@ from dcar.lit.precision import is_on_cpu, precision_plugin
 from dcar.lit.sharding import is_sharded
 from dcar.models.checkpoints import PARTS, load_strictly, read_checkpoint, save_model
 from experiments.components import build
-from experiments.config import ConfigError, quick_dtype
+from experiments.config import ConfigError, check_writable, quick_dtype
 from experiments.lineage import lineage_of
 from experiments.resume import find_resume, finished
 from experiments.run import RunOptions
@@ -90,9 +90,17 @@ def model_config(config: DictConfig) -> dict[str, Any]:
     return {key: plain[key] for key in (*PARTS, "sampler", "size") if key in plain}
 
 
+def find_start(config: DictConfig, options: RunOptions) -> Path | None:
+    """The checkpoint to go on from. Raises ConfigError where the run could not be written."""
+    if options.dry_run:
+        return find_resume(config, options.ckpt or "new")
+    check_writable(config.output_dir, "outputs", is_folder=True)
+    return find_resume(config, options.ckpt)
+
+
 def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Fit, or go on fitting, one module. Returns the last logged metrics by name."""
-    resume = find_resume(config, options.ckpt or ("new" if options.dry_run else None))
+    resume = find_start(config, options)
     if finished(resume, config):
         rank_zero_info(f"{config.exp}: all {config.max_steps} steps are done ({resume})")
         return {}

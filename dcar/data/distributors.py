@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
-from dcar.errors import DataError
+from dcar.errors import DataError, MissingExtraError
 
 RAY_RETRIES = 4  # of a task whose node or process died
 
@@ -176,7 +176,7 @@ class RayCluster:
         try:
             import ray
         except ImportError as error:
-            raise ImportError(
+            raise MissingExtraError(
                 "distributor=ray needs Ray: pip install 'dcar-lightning[ray]'"
             ) from error
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers

@@ -11,6 +11,8 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
+from dcar.errors import MissingExtraError
+
 BITS = 64
 MAX_DISTANCE = (
     8  # 165 sorts, 495 of over half a million hashes; unlike pictures begin to look alike beyond it
@@ -24,7 +26,7 @@ def perceptual_hash(image: Image.Image) -> int:
     try:
         from imagehash import phash
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "near_duplicates needs ImageHash: pip install 'dcar-lightning[data]'"
         ) from error
     bits = phash(image, hash_size=8).hash

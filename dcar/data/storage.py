@@ -114,7 +114,10 @@ def expand(
             found = _remote_matches(pattern) if is_remote(pattern) else _local_matches(pattern)
             if not found:
                 origin = "" if pattern == url else f" (from {shown(url)!r})"
-                raise FileNotFoundError(f"no file at {shown(pattern)}{origin}")
+                hint = ""
+                if not is_remote(pattern) and local_path(pattern).is_dir():
+                    hint = f": it is a folder; its shards are {join(pattern, '*.tar')}"
+                raise FileNotFoundError(f"no file at {shown(pattern)}{origin}{hint}")
             files.extend(found)
     return files
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import fsspec
 import fsspec.asyn
 
-from dcar.errors import DataError
+from dcar.errors import DataError, MissingExtraError
 
 SCHEMES = ("file", "s3", "gs", "http", "https", "hf")
 OPENED = (*SCHEMES, "memory")  # memory: inside this process, harmless; what tests write to
@@ -113,7 +113,9 @@ def _filesystem(
         made = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError as error:
         extra = f"pip install 'dcar-lightning[remote]' ({error})"
-        raise ImportError(f"{scheme}:// needs a package that is not installed: {extra}") from error
+        raise MissingExtraError(
+            f"{scheme}:// needs a package that is not installed: {extra}"
+        ) from error
     if scheme == "s3" and once:
         made.retries = 1
     return made

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dcar.data.build_folder import changes
 from dcar.data.members import Raw
-from dcar.data.shards import ShardEntry, ShardWriter, write_manifest
+from dcar.data.shards import MANIFEST, ShardEntry, ShardWriter, write_manifest
 from dcar.data.storage import (
     exists,
     is_remote,
@@ -28,6 +28,7 @@ from dcar.data.storage import (
     name_of,
     parent,
     read_bytes,
+    remove,
     write_atomically,
 )
 from dcar.data.stores import shown
@@ -37,6 +38,7 @@ from dcar.lit.last_checkpoint import STOP_SIGNALS
 from dcar.lit.shard_reader import Source
 
 RECORDS = ".progress"  # folder in the output folder
+BEGUN = "begun"  # in it: shards of this folder may lack a record, and are made again
 SAMPLES_BEFORE_JUDGING = 1000  # a rate of bad samples means nothing on fewer
 
 Settings = Mapping[str, Any]
@@ -50,6 +52,11 @@ def judge(dropped: Counter[str], tried: int, max_bad: float) -> None:
             f"{dropped.total()} of {tried} samples could not be used, more than the limit of "
             f"{max_bad:.1%} ({reasons})"
         )
+
+
+def is_unfinished(folder: str) -> bool:
+    """Whether predictions are being written there: no manifest yet."""
+    return exists(join(join(folder, RECORDS), BEGUN)) and not exists(join(folder, MANIFEST))
 
 
 def differing(ours: Any, theirs: Any) -> list[str]:
@@ -72,6 +79,28 @@ class Progress:
         self.folder, self.sources = folder, {source.name: source for source in sources}
         self.source = name_of(parent(sources[0].url))
         self.settings = json.loads(json.dumps(settings))
+        self.begun = join(join(folder, RECORDS), BEGUN)
+
+    def check_folder(self) -> None:
+        """Raises ValueError where the folder holds shards that nothing of this kind has written."""
+        if not (self._records() or exists(self.begun)):
+            there = {name_of(url) for url in self._files()}
+            if theirs := sorted(there & {*self.sources, MANIFEST}):
+                raise ValueError(
+                    f"{join(self.folder, theirs[0])} was not written by this command: give another "
+                    "folder"
+                )
+
+    def mark(self) -> None:
+        """From now on shards of the folder that lack a record were not finished."""
+        with write_atomically(self.begun) as file:
+            file.write(b"")
+
+    def _files(self) -> list[str]:
+        try:
+            return list_files(self.folder)
+        except FileNotFoundError:
+            return []
 
     def finished(self) -> set[str]:
         """Names of the shards that need not be made again.
@@ -139,6 +168,7 @@ class Progress:
         sources = sorted({record["source"] for record in records})
         facts = {**self.settings, "source": ", ".join(sources), "dropped": dropped}
         write_manifest(self.folder, shards, **facts)
+        remove(self.begun)
         samples = sum(record["shard"]["samples"] for record in records)
         rank_zero_info(
             f"{self.folder}: {amount(samples, 'sample')} in {amount(len(records), 'shard')}, "
@@ -178,6 +208,7 @@ class ShardPredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begun = time.perf_counter()
+        self.progress.mark()
         for number in STOP_SIGNALS:  # Lightning takes note of SIGTERM and predicts on
             self.handlers[number] = signal.signal(number, self._stop)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from dcar.errors import MissingExtraError
 from dcar.models.weights_io import as_constants, load_constants
 
 # (expansion, width, blocks, stride of the first): arXiv 1801.04381, table 2.
@@ -140,13 +141,13 @@ def _inception_class() -> type[nn.Module]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f'Inception features need {error.name}: pip install "dcar-lightning[eval]"'
         ) from error
     except RuntimeError as error:  # torchvision's compiled part was built for another torch
         version = torch.__version__
         minor = int(version.split(".")[1])
-        raise ImportError(
+        raise MissingExtraError(
             f"torchvision does not fit torch {version}; install the pair torch {version} and "
             f"torchvision 0.{minor + 15}.* from one index (both CPU builds, or both CUDA builds)"
         ) from error

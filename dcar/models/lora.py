@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dcar.errors import CheckpointError
+from dcar.errors import CheckpointError, MissingExtraError
 from dcar.models.checkpoints import Model, is_saved, load_strictly
 from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
 from dcar.models.weights_io import save_tensors
@@ -37,7 +37,7 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'dcar-lightning[lora]'") from error
+        raise MissingExtraError("LoRA needs peft: pip install 'dcar-lightning[lora]'") from error
     return peft
 
 

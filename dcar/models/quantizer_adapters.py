@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcar.errors import MissingExtraError
 from dcar.models.precision import without_autocast
 from dcar.models.quantizer import Quantized, Quantizer, straight_through
 
@@ -17,7 +18,7 @@ def import_package() -> Any:
     try:
         import vector_quantize_pytorch
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "this quantizer comes from the vector-quantize-pytorch package: "
             'pip install "dcar-lightning[vq]"'
         ) from error

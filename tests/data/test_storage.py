@@ -141,6 +141,12 @@ def test_files_below_a_folder_are_listed_in_order_through_links(tmp_path):
         list_files(tmp_path / "none")
 
 
+def test_a_folder_in_place_of_its_shards_gets_a_hint(tmp_path):
+    touch(tmp_path, "set/a.tar")
+    with pytest.raises(FileNotFoundError, match=r"it is a folder; its shards are .*/set/\*\.tar"):
+        expand(tmp_path / "set")
+
+
 def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
     touch(tmp_path, "set/a/1.jpg", "set/b/2.jpg")
     scandir = os.scandir

@@ -1,5 +1,7 @@
 """Composing experiments: every file composes and builds; what is wrong is named in one line."""
 
+import re
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -58,6 +60,25 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override: str, message:
 def test_shards_of_one_s_own_must_be_named() -> None:
     with pytest.raises(ConfigError, match="^train_urls must be given: add train_urls=VALUE$"):
         load_config("smoke/pretrain_256", ["data=shards", "val_urls=x"])
+
+
+@pytest.mark.parametrize("name", ["finetune/lora", "finetune/generator", "finetune/decoder"])
+def test_a_key_that_an_experiment_leaves_open_must_be_given(name: str) -> None:
+    with pytest.raises(ConfigError, match="init_from must be given: add init_from=VALUE"):
+        load_config(name, ["data_root=x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("smoke/stage1", "ckpt=auto", "unknown key 'ckpt'; did you mean --ckpt?"),
+        ("data/build", "val_share=0.1", "did you mean 'source.val_share'?"),
+    ],
+)
+def test_a_key_of_another_place_is_recognised(name: str, override: str, message: str) -> None:
+    given = ["source=folder", "in=x", "out=y"] if name == "data/build" else []
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(name, [*given, override])
 
 
 @pytest.mark.parametrize("devices", ["8", "[0,1]", "auto"])

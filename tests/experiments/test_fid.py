@@ -1,5 +1,6 @@
 """`--exp=eval/fid`: the distance of two sets of shards, and what it refuses to compare."""
 
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_pictures_that_cannot_be_compared_are_named(
     assert not (tmp_path / "fid.json").exists()
 
 
+def test_a_set_that_is_not_finished_is_not_measured(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "drawn", DRAWN)
+    (folder / "manifest.json").unlink()
+    (folder / ".progress").mkdir()
+    (folder / ".progress" / "begun").touch()  # as eval/generate leaves it when it is stopped
+    assert fid(sets, tmp_path / "fid.json", f"generated={folder}/*.tar") == 3
+    assert f"generated: {folder} is not finished" in capsys.readouterr().err
+
+
 def test_one_picture_is_too_few(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,3 +121,13 @@ def test_one_picture_is_too_few(
 def test_a_dry_run_looks_at_one_batch_and_writes_nothing(sets: Path, tmp_path: Path) -> None:
     assert fid(sets, tmp_path / "fid.json", "--dry-run") == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_an_extra_that_is_missing_is_a_line(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("torch_fidelity") is not None:
+        pytest.skip("the extra eval is installed")
+    assert fid(sets, tmp_path / "fid.json", "fid_features=inception") == 2
+    printed = capsys.readouterr().err
+    assert "dcar-lightning[eval]" in printed and "Traceback" not in printed

@@ -131,6 +131,7 @@ def test_a_base_that_is_not_there_is_named_by_its_setting(exp: str, tmp_path: Pa
 def test_all_weights_of_a_model_go_on_from_where_they_are(base: Path, tmp_path: Path) -> None:
     run = ["--exp=finetune/generator", "data=emoji", "data.num_workers=0", "batch_size=4"]
     run += ["max_steps=2", "warmup_steps=1", "val_every=2", "+trainer.limit_val_batches=1"]
+    run.append("--ckpt=new")
     before, prints = load_model(base), []
     for rate, start in ((0, base), (1e-3, base), (0, "finetune/generator")):
         more = [f"learning_rate={rate}", f"init_from={start}", f"outputs={tmp_path}"]
@@ -262,6 +263,7 @@ def test_a_decoder_is_fine_tuned_from_a_stage_s_checkpoint(stage: int, tmp_path:
     model = toy_model()
     next(model.tokenizer.encoder.parameters()).data.add_(1e-3)
     save_model(model, tmp_path / "other")
+    run.append("--ckpt=new")
     assert main([*run, f"model={tmp_path}/other"]) == 2
     model.tokenizer = tokenizer
     save_model(model, tmp_path / "same")

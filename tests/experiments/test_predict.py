@@ -163,6 +163,29 @@ def test_input_that_is_not_there_is_named_before_anything_large_is_loaded(
     assert "nowhere/*.tar" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("foreign", ["train-2-000000.tar", "manifest.json"])
+def test_shards_of_another_kind_are_never_written_over(
+    toys: Path, tmp_path: Path, foreign: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / foreign).write_bytes(b"mine")
+    assert main(command(toys, out)) == 2
+    assert f"{out}/{foreign} was not written by this command" in capsys.readouterr().err
+    assert shard_bytes(out) == {foreign: b"mine"}
+
+
+def test_a_shard_that_a_kill_has_left_without_its_record_is_made_again(
+    toys: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / ".progress").mkdir(parents=True)
+    (out / ".progress" / "begun").touch()
+    (out / "train-0-000000.tar").write_bytes(b"of the first shard")
+    assert main(command(toys, out)) == 0
+    assert shard_bytes(out) == straight
+
+
 def test_a_shard_that_is_none_is_told_in_a_line_from_a_worker_too(
     toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

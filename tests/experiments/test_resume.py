@@ -57,6 +57,12 @@ def test_a_run_goes_on_from_last_best_or_a_path_or_begins(folder: Path) -> None:
     assert resumed(folder, str(folder / "step_00000020.ckpt")) == "step_00000020.ckpt"
 
 
+def test_the_folder_of_a_run_stands_for_its_last_checkpoint(folder: Path) -> None:
+    assert resumed(folder, str(folder.parent)) == "last.ckpt"
+    with pytest.raises(CheckpointError, match=r"--ckpt lst: .*did you mean 'last'\?"):
+        resumed(folder, "lst")
+
+
 def test_checkpoints_are_replaced_where_that_is_asked_for_alone(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"--ckpt=auto goes on .* --ckpt=new replaces them"):
         resumed(folder, None)

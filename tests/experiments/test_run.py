@@ -32,7 +32,7 @@ from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
         (["--exp=sample", "--ckpt=nowhere", "prompt=x"], 2, "did you mean ckpt=nowhere?"),
         (["--exp=data/stats", "--ckpt=a", "in=b"], 2, "--ckpt=a is for trainings"),
         (["--exp=quickstart", "--ckpt=best"], 2, "from its own last checkpoint"),
-        (["--exp=sample", "prompt=null"], 2, "prompt=null: give a text"),
+        (["--exp=sample", "prompt=null"], 2, "prompt must be given"),
         (["--exp=sample", "prompt=x", "device=gpu"], 2, "device=gpu: "),
         (["--exp=sample", "prompt=x", "seed=null"], 2, "seed=None must be at least 0"),
         (["--exp=sample", "prompt=x", "out=/dev/null/x.png"], 2, "/dev/null is no folder"),

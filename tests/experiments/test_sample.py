@@ -9,7 +9,7 @@ from PIL import Image
 
 from dcar.errors import CheckpointError
 from dcar.models.checkpoints import model_folder, save_model
-from experiments.config import ConfigError
+from experiments.config import ConfigError, load_config
 from experiments.run import main
 from experiments.sample import find_folder, find_model, output_paths, read_prompts
 from tests.toys import SIZE, ToyData, toy_masked_generator, toy_model, toy_stage, toy_trainer
@@ -173,3 +173,8 @@ def test_a_prompt_that_is_read_in_part_is_said(folder: Path, tmp_path: Path, cap
     assert main([*given, "prompt=a cat"]) == 0 and capsys.readouterr().err == ""
     assert main([*given, f"prompt={'a cat ' * 9}"]) == 0
     assert "only the first 16 tokens are read of: a cat a cat" in capsys.readouterr().err
+
+
+def test_a_prompt_may_have_dollars_and_braces() -> None:
+    for prompt in ("it costs $5, ${x} or $(y)", "${oc.env:HOME}"):
+        assert load_config("sample", [f"prompt={prompt}"]).prompt == prompt

@@ -126,7 +126,7 @@ def test_a_long_run_ends_early_above_the_limit(tmp_path: Path) -> None:
     batches = [batch("a", "1", broken=few - 1), batch("a", "2", broken=few - 1)]
     with pytest.raises(DataError, match="998 of 1000"):
         predict(tmp_path, *batches, batch("a", "3", last=True), max_bad=0.9)
-    assert shard_bytes(tmp_path) == {}
+    assert shard_bytes(tmp_path) == {".progress/begun": b""}
 
 
 @pytest.mark.parametrize(("key", "error"), [("stop", Interrupted), ("fail", RuntimeError)])
@@ -136,7 +136,7 @@ def test_what_ends_a_run_leaves_only_finished_shards(
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error):
         predict(tmp_path, batch("a", "1", last=True), batch("b", "2"), batch("b", key))
-    assert set(shard_bytes(tmp_path)) == {"a.tar", ".progress/a.tar.json"}
+    assert set(shard_bytes(tmp_path)) == {"a.tar", ".progress/a.tar.json", ".progress/begun"}
     assert signal.getsignal(signal.SIGTERM) == before
 
 

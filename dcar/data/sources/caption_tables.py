@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dcar.data.storage import name_of, open_read
-from dcar.errors import DataError
+from dcar.errors import DataError, MissingExtraError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 csv.field_size_limit(2**24)  # characters of one caption; the default of 131,072 is an error
@@ -77,7 +77,7 @@ def _parquet_rows(url: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "reading parquet needs pyarrow: pip install 'dcar-lightning[data]'"
         ) from error
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dcar.data.sources.archives import GZIPPED, stream_tar
 from dcar.data.storage import exists, join, name_of, parent, read_bytes
-from dcar.errors import DataError
+from dcar.errors import DataError, MissingExtraError
 
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 CANDIDATES = (
@@ -70,7 +70,7 @@ def read_ids(meta: bytes) -> dict[int, str]:
     try:
         from scipy.io import loadmat  # type: ignore[import-untyped]  # an optional extra
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             f"reading {META} needs scipy: pip install 'dcar-lightning[data]', or give a list of "
             "wnids with val_labels"
         ) from error

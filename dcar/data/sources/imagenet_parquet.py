@@ -13,7 +13,7 @@ from dcar.data.sources.archives import naming
 from dcar.data.sources.ranges import ranges
 from dcar.data.sources.source import Record, Unit
 from dcar.data.storage import name_of, open_read
-from dcar.errors import DataError
+from dcar.errors import DataError, MissingExtraError
 
 _FILE = re.compile(r"(train|validation|val)-.*\.parquet")
 _NAME = re.compile(r"((?:(n\d{8})|ILSVRC2012_val)_\d+)(?:_(n\d{8}))?")
@@ -35,7 +35,7 @@ def _opened(url: str) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "reading parquet needs pyarrow: pip install 'dcar-lightning[data]'"
         ) from error
     with open_read(url) as file, naming(url, pyarrow.ArrowException, OSError):
