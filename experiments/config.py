@@ -213,7 +213,7 @@ def _arguments(base: DictConfig, parent: str) -> list[str]:
 def as_text(override: str) -> str:
     """An override as the shell gave it: free text, such as a prompt with commas, is quoted.
 
-    Hydra would take `a, b` for a sweep over two values, which no experiment here has, and `${x}` for
+    Hydra would take `a, b` for a sweep over two values, which no experiment has, and `${x}` for
     another key's value, which no prompt means.
     """
     key, equals, value = override.partition("=")
