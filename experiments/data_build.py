@@ -25,7 +25,7 @@ from dcar.data.wording import amount
 from dcar.errors import DataError
 from experiments.build_progress import ProgressLine, reasons_text, size_text, tally_text
 from experiments.components import build as instantiate
-from experiments.config import ConfigError, nearest
+from experiments.config import ConfigError, check_writable, nearest
 from experiments.run import RunOptions
 
 DISTRIBUTORS = ("processes", "ray")
@@ -87,13 +87,8 @@ def make_task(config: DictConfig) -> BuildTask:
     )
 
 
-def build(config: DictConfig, options: RunOptions) -> Report | None:
-    """Build shards, go on with a build, or (dry run) say what would be built.
-
-    Raises ConfigError and ValueError for impossible settings and for a folder with another build,
-    FileNotFoundError and DataError for input that is missing or cannot be read.
-    """
-    config["in"] = absolute(str(config["in"]))
+def check_places(config: DictConfig) -> None:
+    """Raises ConfigError for an `out` that is read too, or that cannot be written."""
     if absolute(str(config.out)).rstrip("/") == config["in"].rstrip("/"):
         raise ConfigError(f"out={config.out} is the folder that is read: give another one")
     is_within = absolute(str(config.out)).startswith(config["in"].rstrip("/") + "/")
@@ -102,6 +97,18 @@ def build(config: DictConfig, options: RunOptions) -> Report | None:
             f"out={config.out} lies within the folder that is read, and what is written there "
             "would be read the next time: give another one"
         )
+    if not is_remote(str(config.out)):
+        check_writable(str(config.out), is_folder=True)
+
+
+def build(config: DictConfig, options: RunOptions) -> Report | None:
+    """Build shards, go on with a build, or (dry run) say what would be built.
+
+    Raises ConfigError and ValueError for impossible settings and for a folder with another build,
+    FileNotFoundError and DataError for input that is missing or cannot be read.
+    """
+    config["in"] = absolute(str(config["in"]))
+    check_places(config)
     try:
         task, distributor = make_task(config), make_distributor(config)
         if options.dry_run:

@@ -59,6 +59,8 @@ def test_shards_are_named_for_their_source(name: str) -> None:
         (["source=foldr"], "did you mean 'folder'"),
         (["source.val_shar=1"], "source.val_shar"),
         (["source.val_share=2"], "val_share is 2"),
+        (["source.val_share=lots"], "val_share is lots"),
+        ([f"out={REPOSITORY}/README.md"], "README.md is no folder"),
         (["resiz=3"], "did you mean 'resize'"),
         (["resize=big"], "resize=big"),
         (["max_aspect=0.5"], "max_aspect=0.5"),

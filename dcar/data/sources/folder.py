@@ -89,7 +89,7 @@ class Folder:
         caption_column: str = "caption",
         val_share: float = 0.01,
     ):
-        if not 0 <= val_share < 1:
+        if isinstance(val_share, str) or not 0 <= val_share < 1:
             raise ValueError(f"val_share is {val_share}; it must be in [0, 1)")
         if captions is not None and not captioned:
             raise ValueError(f"captions={captions} is of no use with captioned=false")

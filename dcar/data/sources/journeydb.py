@@ -61,7 +61,7 @@ class JourneyDB:
     captioned = True
 
     def __init__(self, path: str, *, val_share: float = 0.01):
-        if not 0 <= val_share < 1:
+        if isinstance(val_share, str) or not 0 <= val_share < 1:
             raise ValueError(f"val_share is {val_share}; it must be in [0, 1)")
         self.path, self.val_share = path, val_share
         self._work = ""
