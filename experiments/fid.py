@@ -31,6 +31,7 @@ from experiments.run import RunOptions
 from experiments.sample import chosen_device
 
 Shape = tuple[int, int]  # height, width
+CROPS = ("adm", "center")
 
 
 def read_as_is(raw: Raw) -> dict[str, Any]:
@@ -136,12 +137,19 @@ def measure(
             rank_zero_info(f"{pictures.name}: {told} pictures")
         if only_first:
             return
+    if pictures.images < 2:
+        raise ConfigError(
+            f"{pictures.name}={pictures.urls} has {pictures.images} pictures: the distance needs "
+            "two at least"
+        )
 
 
 def fid(config: DictConfig, options: RunOptions) -> float | None:
     """The distance, printed and written to `out` with what it was measured on."""
     at_least(config, 1, "batch_size")
     at_least(config, 0, "num_workers")
+    if config.crop not in CROPS:
+        raise ConfigError(f"crop={config.crop} is none of {', '.join(CROPS)}")
     check_writable(config.out)
     device = chosen_device(config.device)
     generated, real = PictureSet(config, "generated"), PictureSet(config, "real")
@@ -152,12 +160,6 @@ def fid(config: DictConfig, options: RunOptions) -> float | None:
     measure(metric, real, crop, real=True, only_first=options.dry_run)
     if options.dry_run:
         return None
-    for pictures in (generated, real):
-        if pictures.images < 2:
-            raise ConfigError(
-                f"{pictures.name}={config[pictures.name]} has {pictures.images} pictures: "
-                "the distance needs two at least"
-            )
     distance = float(metric.compute())
     results = {
         "fid": distance,

@@ -110,12 +110,28 @@ def test_a_set_that_is_not_finished_is_not_measured(
     assert f"generated: {folder} is not finished" in capsys.readouterr().err
 
 
-def test_one_picture_is_too_few(
+@pytest.mark.parametrize("side", ["generated", "real"])
+@pytest.mark.parametrize(("count", "more"), [(1, []), (2, ["max_bad=1.0"])])
+def test_one_picture_is_too_few_and_none_too(
+    sets: Path,
+    tmp_path: Path,
+    side: str,
+    count: int,
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken: dict[int, Row] = {n: {"png": b"broken"} for n in range(count)} if more else {}
+    folder = write_pictures(tmp_path / "few", (count,), changed=broken)
+    assert fid(sets, tmp_path / "fid.json", f"{side}={folder}/*.tar", *more) == 2
+    told = f"{side}={folder}/*.tar has {0 if more else 1} pictures: the distance needs two"
+    assert told in capsys.readouterr().err
+
+
+def test_real_pictures_are_not_cropped_at_random(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_pictures(tmp_path / "one", (1,))
-    assert fid(sets, tmp_path / "fid.json", f"real={folder}/*.tar") == 2
-    assert "1 pictures: the distance needs two at least" in capsys.readouterr().err
+    assert fid(sets, tmp_path / "fid.json", "crop=random") == 2
+    assert "crop=random is none of adm, center" in capsys.readouterr().err
 
 
 def test_a_dry_run_looks_at_one_batch_and_writes_nothing(sets: Path, tmp_path: Path) -> None:
