@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dcar.data.images import read_image
-from dcar.data.loader import death_of_worker, plain_error
+from dcar.data.loader import told_plainly
 from dcar.data.members import BadSample, Raw
 from dcar.data.samples import image_bytes, read_pixels
 from dcar.data.shards import read_facts
@@ -80,21 +80,13 @@ class PictureSet:
         )
         bad: Counter[str] = Counter()
         tried = 0
-        for batch in self._loaded(reader):
-            bad, tried = bad + Counter(batch["bad"]), tried + batch["tried"]
-            if batch["key"]:
-                yield self._stacked(batch)
+        loader = DataLoader(reader, batch_size=None, num_workers=self.config.num_workers)
+        with told_plainly():
+            for batch in loader:
+                bad, tried = bad + Counter(batch["bad"]), tried + batch["tried"]
+                if batch["key"]:
+                    yield self._stacked(batch)
         judge(bad, tried, self.config.max_bad)
-
-    def _loaded(self, reader: ShardReader) -> Iterator[dict[str, Any]]:
-        try:
-            yield from DataLoader(reader, batch_size=None, num_workers=self.config.num_workers)
-        except DataError as error:
-            raise plain_error(error) from error
-        except RuntimeError as error:
-            if (death := death_of_worker(error)) is None:
-                raise
-            raise death from error
 
     def _stacked(self, batch: dict[str, Any]) -> Tensor:
         if not self.images:

@@ -8,10 +8,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from dcar.data.loader import death_of_worker, plain_error
+from dcar.data.loader import told_plainly
 from dcar.data.storage import is_remote, join, local_path, parent
 from dcar.data.wording import amount
-from dcar.errors import DataError
 from dcar.lit.shard_reader import Decode, ShardReading, Source, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
 from experiments.components import build
@@ -93,13 +92,8 @@ def predict_shards(
     else:
         trainer = build_trainer(config, callbacks=[writer], logger=False)
     try:
-        trainer.predict(module, datamodule=data, return_predictions=False)
-    except DataError as error:
-        raise plain_error(error) from error
-    except RuntimeError as error:
-        if (death := death_of_worker(error)) is None:
-            raise
-        raise death from error
+        with told_plainly():
+            trainer.predict(module, datamodule=data, return_predictions=False)
     except (ValueError, TypeError) as error:
         if not writer.tried:
             raise

@@ -62,9 +62,17 @@ def death_of_worker(error: RuntimeError) -> DataError | None:
     return DataError(f"a process that reads data has died: {' '.join(str(error).split())}")
 
 
-def plain_error(error: DataError) -> DataError:
-    """An error of a worker without the traceback that torch puts before its words."""
-    return DataError(str(error).rpartition("DataError: ")[2].strip())
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Errors of data workers as DataError in their own words, without torch's traceback."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+    except RuntimeError as error:
+        if (death := death_of_worker(error)) is None:
+            raise
+        raise death from error
 
 
 def name_the_dead(workers: Sequence[BaseProcess]) -> str:
@@ -138,13 +146,8 @@ class ShardLoader(DataLoader):
     @staticmethod
     def _next(batches: Iterator[Batch]) -> Batch | None:
         try:
-            return next(batches, None)
-        except DataError as error:
-            raise plain_error(error) from error
-        except RuntimeError as error:
-            if (death := death_of_worker(error)) is None:
-                raise
-            raise death from error
+            with told_plainly():
+                return next(batches, None)
         except (ConnectionError, EOFError) as error:  # it died while a batch was handed over
             raise DataError(name_the_dead(getattr(batches, "_workers", []))) from error
 
