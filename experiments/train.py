@@ -124,6 +124,7 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
             world_size=trainer.world_size,
         )
         folder = Path(config.output_dir)
+        rank_zero_info(f"{config.exp}: {from_where(resume, first)}; what it leaves is in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
         (folder / "metrics.json").unlink(missing_ok=True)  # it says that all is done
@@ -136,6 +137,10 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
             export(module, config)
         write_facts(trainer, module, metrics, config)
     return metrics
+
+
+def from_where(resume: Path | None, first: int) -> str:
+    return "starts afresh" if resume is None else f"goes on from {resume}, step {first}"
 
 
 def load_weights(module: BaseModule, resume: Path | None) -> int:

@@ -120,6 +120,16 @@ def test_auto_starts_fresh_and_a_named_checkpoint_must_exist(tmp_path: Path) -> 
             find_resume(config, ckpt)
 
 
+@pytest.mark.slow
+def test_a_run_says_where_it_starts_and_what_it_leaves(tmp_path: Path, caplog) -> None:
+    run = ["--exp=smoke/stage1", f"outputs={tmp_path}", "max_steps=4", "--ckpt=auto"]
+    folder = tmp_path / "smoke/stage1"
+    assert main([*run, "module.schedule.total_steps=6"]) == 0
+    assert f"starts afresh; what it leaves is in {folder}" in caplog.text
+    assert main([*run, "max_steps=6"]) == 0
+    assert f"goes on from {folder}/checkpoints/last.ckpt, step 4;" in caplog.text
+
+
 def test_a_named_precision_is_kept() -> None:
     assert resolve_precision("16-mixed", "auto") == "16-mixed"
     assert resolve_precision("auto", "auto") in ("16-mixed", "bf16-mixed", "32-true")
