@@ -32,10 +32,10 @@ train-mini: $(STAMP)  ## train the shipped model anew, from nothing; goes on whe
 	$(BIN)/python -m experiments.run --exp=mini outputs=$(OUTPUTS) $(SETTINGS)
 
 # tests/experiments has the longest files: first, so that no core is left alone with one at the end
-test: test-fast  ## every test, the slow ones too; at the end README.md's commands, on all cores
+test: test-fast  ## every test, the slow ones too; at the end README.md's commands in their order
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder \
 		--ignore=tests/test_readme.py tests/experiments tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup tests/test_readme.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_readme.py
 
 test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
