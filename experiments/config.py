@@ -111,6 +111,12 @@ def check_writable(path: str, key: str = "out", *, is_folder: bool = False) -> N
         raise ConfigError(f"{key}={path}: {place} cannot be written to")
 
 
+def check_local(out: str | None, *, is_folder: bool = False) -> None:
+    """`check_writable` for a task that writes to stores too, which are only known when it does."""
+    if out and not is_remote(out):
+        check_writable(out, is_folder=is_folder)
+
+
 def at_least(config: DictConfig, least: int, *keys: str) -> None:
     """Raises ConfigError for the first of these keys whose number is below `least`."""
     for key in keys:

@@ -25,7 +25,7 @@ from dcar.data.wording import amount
 from dcar.errors import DataError
 from experiments.build_progress import ProgressLine, reasons_text, size_text, tally_text
 from experiments.components import build as instantiate
-from experiments.config import ConfigError, check_writable, nearest
+from experiments.config import ConfigError, check_local, nearest
 from experiments.run import RunOptions
 
 DISTRIBUTORS = ("processes", "ray")
@@ -97,8 +97,7 @@ def check_places(config: DictConfig) -> None:
             f"out={config.out} lies within the folder that is read, and what is written there "
             "would be read the next time: give another one"
         )
-    if not is_remote(str(config.out)):
-        check_writable(str(config.out), is_folder=True)
+    check_local(str(config.out), is_folder=True)
 
 
 def build(config: DictConfig, options: RunOptions) -> Report | None:
@@ -127,8 +126,6 @@ def build(config: DictConfig, options: RunOptions) -> Report | None:
                 )
         finally:
             progress.close()
-    except ImportError as error:  # an extra that is not installed
-        raise ConfigError(str(error)) from error
     except (KeyboardInterrupt, SystemExit):
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise

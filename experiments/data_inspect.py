@@ -21,12 +21,12 @@ from dcar.data.members import BadSample
 from dcar.data.samples import image_bytes, read_caption
 from dcar.data.shard_set import ShardSet
 from dcar.data.shards import read_manifest
-from dcar.data.storage import exists, is_remote, join, name_of, write_atomically
+from dcar.data.storage import exists, join, name_of, write_atomically
 from dcar.errors import DataError
 from dcar.evaluation.data_charts import Cell, contact_sheet, stats_png
 from dcar.evaluation.sheets import save_png
 from experiments.build_progress import size_text
-from experiments.config import ConfigError, at_least, check_writable
+from experiments.config import ConfigError, at_least, check_local
 from experiments.run import RunOptions
 
 NAMED_SHARDS = 5  # in the one line of an error
@@ -48,12 +48,6 @@ def progress(folder: str, samples: int | None = None) -> Iterator[Tick]:
     with Progress(*columns, console=console, transient=True, disable=is_file) as bar:
         task = bar.add_task(folder, total=None if samples else total or None)
         yield lambda done, size: bar.update(task, completed=done)
-
-
-def check_local(out: str | None, *, is_folder: bool = False) -> None:
-    """Raises ConfigError where nothing could be written; a store is only known when it is."""
-    if out and not is_remote(out):
-        check_writable(out, is_folder=is_folder)
 
 
 def verify(config: DictConfig, options: RunOptions) -> data_verify.Report:

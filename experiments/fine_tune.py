@@ -112,13 +112,10 @@ def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
 def lora(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Train adapters, then write `model` (base + adapters) and `adapter` (they alone).
 
-    Returns the last logged metrics by name. Raises ConfigError without peft, CheckpointError for a
-    base that cannot be used.
+    Returns the last logged metrics by name. Raises MissingExtraError without peft, CheckpointError
+    for a base that cannot be used.
     """
-    try:
-        import_peft()
-    except ImportError as error:
-        raise ConfigError(str(error)) from error
+    import_peft()
     base = find_base(config.init_from, config.outputs)
     take_from(config, base.config, BASE_PARTS)
     del base
@@ -142,10 +139,7 @@ def merge(config: DictConfig, options: RunOptions) -> None:
     """
     adapter = Adapter.load(config.adapter)
     base = find_base(config.init_from, config.outputs)
-    try:
-        merged = adapter.merge_into(base, name=config.init_from, source=config.adapter)
-    except ImportError as error:
-        raise ConfigError(str(error)) from error
+    merged = adapter.merge_into(base, name=config.init_from, source=config.adapter)
     if not options.dry_run:
         save_model(merged, config.out)
         rank_zero_info(f"{config.out}: {config.init_from} with {config.adapter}")

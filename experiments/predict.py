@@ -14,7 +14,7 @@ from dcar.data.wording import amount
 from dcar.lit.shard_reader import Decode, ShardReading, Source, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
 from experiments.components import build
-from experiments.config import check_writable
+from experiments.config import check_local
 from experiments.run import RunOptions
 from experiments.strategy import device_count, make_trainer, resolve_accelerator
 from experiments.train import resolve_precision
@@ -55,8 +55,7 @@ def open_sources(config: DictConfig) -> list[Source]:
     """
     sources = find_sources(cast(dict[str, Any], OmegaConf.to_container(config))["in"])
     check_out(config.out, sources)
-    if not is_remote(config.out):
-        check_writable(config.out, is_folder=True)
+    check_local(config.out, is_folder=True)
     return sources
 
 

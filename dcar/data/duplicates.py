@@ -14,9 +14,7 @@ from PIL import Image
 from dcar.errors import MissingExtraError
 
 BITS = 64
-MAX_DISTANCE = (
-    8  # 165 sorts, 495 of over half a million hashes; unlike pictures begin to look alike beyond it
-)
+MAX_DISTANCE = 8  # 165 sorts, or 495; unlike pictures begin to look alike beyond it
 CROWD = 16
 BY_CHANCE = 4  # hashes that may share a key by chance, on average
 

@@ -166,7 +166,7 @@ class Folder:
         """Paths of all files below the folder, sorted; hidden ones and folders are left out."""
         start = join(self.path, "x")[:-1]
         places = [url.removeprefix(start) for url in list_files(self.path)]
-        return [place for place in places if not f"/{place}".count("/.")]
+        return [place for place in places if "/." not in f"/{place}"]
 
     def _found(self, place: str, names: set[str]) -> Found:
         """With the words of the file beside it, where there is one among `names`."""
