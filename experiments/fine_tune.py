@@ -14,6 +14,7 @@ from dcar.lit.lineage import model_lineage
 from dcar.models.checkpoints import (
     TOKENIZER_MODULES,
     Model,
+    load_model,
     load_tokenizer,
     read_checkpoint,
     save_model,
@@ -24,7 +25,7 @@ from dcar.models.tokenizer import HybridTokenizer
 from experiments.config import ConfigError, find_checkpoint
 from experiments.lineage import find
 from experiments.run import RunOptions
-from experiments.sample import find_model
+from experiments.sample import find_folder, find_model
 from experiments.train import train
 
 BASE_PARTS = ("tokenizer", "generator", "text_encoder", "sampler")
@@ -66,6 +67,12 @@ def find_tokenizer(
     return tokenizer
 
 
+def tokenizer_config(path: Path) -> dict[str, Any]:
+    """Architecture and resolution of a tokenizer's checkpoint."""
+    config = read_checkpoint(path, mapped=True)["dcar"]["config"]
+    return {key: config[key] for key in ("tokenizer", "size")}
+
+
 def take_from(config: DictConfig, source: dict[str, Any], keys: tuple[str, ...]) -> None:
     """Architecture and, unless the user gave another one, resolution of what is fine-tuned.
 
@@ -83,18 +90,40 @@ def last_checkpoint(config: DictConfig) -> Path:
 
 
 def start_from_base(config: DictConfig) -> Path:
-    """Complete the configuration by what is fine-tuned, and tell where that is."""
-    if config.tokenizer_from is not None:
-        raise ConfigError(f"tokenizer_from={config.tokenizer_from}: the base's own is used")
+    """Complete the configuration by what is fine-tuned, and tell where that is.
+
+    Raises CheckpointError where `tokenizer_from` makes other codes or channels than the base's.
+    """
     base = find_base(config.init_from, config.outputs)
     take_from(config, base.config, BASE_PARTS)
     key = "generator.transformer.checkpoint_activations"  # of the run; the base may lack it
     OmegaConf.update(config, key, config.checkpoint_activations, force_add=True)
     path = find(config.init_from, config.outputs, models_first=True)
-    saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
-    config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
+    if config.tokenizer_from is not None:
+        take_tokenizer(config, base)
+    else:
+        saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
+        config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
     config.init_from = str(path)
     return path
+
+
+def take_tokenizer(config: DictConfig, base: Model) -> None:
+    """That of `tokenizer_from`, whose tokens the generator is to learn."""
+    path = tokenizer_checkpoint(config.tokenizer_from, config.outputs)
+    if path is None:
+        path = find_folder(config.tokenizer_from, config.outputs, key="tokenizer_from")
+        model = load_model(path)
+        ours, about = model.tokenizer, model.config
+    else:
+        ours, about = load_tokenizer(path)[0], tokenizer_config(path)
+    for name in ("num_codes", "latent_channels", "downsample"):
+        if (have := getattr(ours, name)) != (wanted := getattr(base.tokenizer, name)):
+            raise CheckpointError(
+                f"tokenizer_from={config.tokenizer_from} has {name} {have}, "
+                f"the tokenizer of init_from={config.init_from} {wanted}"
+            )
+    config.tokenizer, config.tokenizer_from = about["tokenizer"], str(path)
 
 
 def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
@@ -169,13 +198,25 @@ def decoder(config: DictConfig, options: RunOptions) -> dict[str, float]:
         check_same_tokens(config, base)
         about = base.config
     if path is not None:
-        own = read_checkpoint(path, mapped=True)["dcar"]["config"]
-        about = {"size": own["size"], **about, "tokenizer": own["tokenizer"]}
+        own = tokenizer_config(path)
+        about = own | about | {"tokenizer": own["tokenizer"]}
     take_from(config, about, ("tokenizer",))
     metrics = train(config, options)
     if base is not None and not options.dry_run:
         export_decoder(config, base)
     return metrics
+
+
+def tokenizer(config: DictConfig, options: RunOptions) -> dict[str, float]:
+    """Train encoder, codebook and decoder of a finished tokenizer further; pictures get new tokens.
+
+    The checkpoint is what comes out: no generator knows these tokens yet. Returns the last logged
+    metrics by name.
+    """
+    path = tokenizer_checkpoint(config.init_from, config.outputs)
+    about = tokenizer_config(path) if path else find_base(config.init_from, config.outputs).config
+    take_from(config, about, ("tokenizer",))
+    return train(config, options)
 
 
 @rank_zero_only

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dcar.models.checkpoints import load_model, save_model
-from dcar.models.fingerprint import fingerprint
+from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
 from experiments.config import load_config
 from experiments.run import main
 from tests.toys import ROOT, toy_model
@@ -22,7 +22,7 @@ LINES = [
     for line in block.split("\n")
     if line.startswith("python")
 ]
-TRAININGS = ("finetune/decoder", "finetune/lora", "finetune/generator")
+TRAININGS = ("finetune/decoder", "finetune/lora", "finetune/generator", "finetune/tokenizer")
 SHORT = ["max_steps=2", "warmup_steps=1", "batch_size=4", "val_every=2", "data.num_workers=0"]
 SHORT += ["trainer.precision=32-true", "+trainer.limit_val_batches=2", "fid_features=null"]
 
@@ -52,6 +52,8 @@ def test_the_page_is_followed_from_top_to_bottom(tmp_path: Path, monkeypatch) ->
     whole = load_model("outputs/finetune/generator/model")
     assert fingerprint(whole.tokenizer) == fingerprint(new_decoder.tokenizer)
     assert fingerprint(whole.text_encoder) != fingerprint(new_decoder.text_encoder)
+    new_tokens = load_model("outputs/whole/finetune/generator/model").tokenizer
+    assert tokenizer_fingerprint(new_tokens) != tokenizer_fingerprint(start.tokenizer)
     assert fingerprint(load_model("outputs/finetune/lora/model").generator) == fingerprint(
         merged.generator
     )

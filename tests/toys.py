@@ -304,3 +304,13 @@ def toy_model() -> Model:
     for parameter in model.generator.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def stage_checkpoint(stage: int, path: Path) -> Path:
+    """Of a tokenizer that one step of a stage has trained, with what exports need."""
+    module = toy_stage(stage)
+    module.plain_config = {"tokenizer": tokenizer_config(), "size": SIZE}
+    trainer = toy_trainer(1)
+    trainer.fit(module, datamodule=ToyData())
+    trainer.save_checkpoint(path)
+    return path

@@ -62,7 +62,9 @@ def test_shards_of_one_s_own_must_be_named() -> None:
         load_config("smoke/pretrain_256", ["data=shards", "val_urls=x"])
 
 
-@pytest.mark.parametrize("name", ["finetune/lora", "finetune/generator", "finetune/decoder"])
+@pytest.mark.parametrize(
+    "name", ["finetune/lora", "finetune/generator", "finetune/decoder", "finetune/tokenizer"]
+)
 def test_a_key_that_an_experiment_leaves_open_must_be_given(name: str) -> None:
     with pytest.raises(ConfigError, match="init_from must be given: add init_from=VALUE"):
         load_config(name, ["data_root=x"])

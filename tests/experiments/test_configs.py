@@ -18,6 +18,7 @@ GIVEN = {
     "data/build": ["source=folder", "in=x", "out=x"],
     "finetune/lora": ["init_from=x"],
     "finetune/decoder": ["init_from=x"],
+    "finetune/tokenizer": ["init_from=x"],
     "finetune/generator": ["init_from=x"],
     "finetune/merge": ["init_from=x", "adapter=x", "out=x"],
     "lineage": ["ckpt=x"],

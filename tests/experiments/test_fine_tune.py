@@ -17,13 +17,13 @@ from dcar.data.loader import ShardLoader
 from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
 from dcar.errors import CheckpointError
-from dcar.models.checkpoints import Model, load_model, load_tokenizer, read_checkpoint, save_model
+from dcar.models.checkpoints import Model, load_model, load_tokenizer, save_model
 from dcar.models.draws import Draws
-from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
+from dcar.models.fingerprint import fingerprint
 from dcar.models.weights_io import SHIPPED
 from experiments.components import build
 from experiments.config import load_config
-from experiments.fine_tune import find_base, find_tokenizer, start_from_base
+from experiments.fine_tune import find_base, start_from_base
 from experiments.lineage import find
 from experiments.run import RunOptions, main
 from experiments.train import build_trainer
@@ -32,10 +32,9 @@ from tests.toys import (
     SIZE,
     ToyData,
     model_config,
-    tokenizer_config,
+    stage_checkpoint,
     toy_masked_generator,
     toy_model,
-    toy_stage,
     toy_trainer,
 )
 
@@ -120,7 +119,7 @@ def test_adapters_learn_a_style_and_its_held_out_pictures_gain(tmp_path: Path) -
     assert sum(after.values()) < sum(before.values())
 
 
-@pytest.mark.parametrize("exp", ["generator", "lora", "decoder"])
+@pytest.mark.parametrize("exp", ["generator", "lora", "decoder", "tokenizer"])
 def test_a_base_that_is_not_there_is_named_by_its_setting(exp: str, tmp_path: Path, capsys) -> None:
     command = [f"--exp=finetune/{exp}", "init_from=nowhere", "data=emoji", f"outputs={tmp_path}"]
     assert main(command) == 2
@@ -207,79 +206,7 @@ def test_without_peft_the_command_names_the_extra(base: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_a_new_decoder_keeps_the_tokens_and_draws_the_pictures_better(
-    base: Path, tmp_path: Path
-) -> None:
-    run = ["--exp=smoke/decoder", f"init_from={base}", f"outputs={tmp_path}"]
-    assert main([*run, "max_steps=30", "val_every=30", "learning_rate=5e-3"]) == 0
-    folder = tmp_path / "smoke/decoder"
-    before, after = load_model(base), load_model(folder / "model")
-    assert tokenizer_fingerprint(before.tokenizer) == tokenizer_fingerprint(after.tokenizer)
-    assert fingerprint(before.tokenizer.decoder) != fingerprint(after.tokenizer.decoder)
-    assert fingerprint(before.generator) == fingerprint(after.generator)
-    tokenizer, module = load_tokenizer(folder / "checkpoints/last.ckpt")  # as a generator's start
-    assert module == "TokenizerStage3"
-    assert fingerprint(tokenizer) == fingerprint(after.tokenizer)
-    assert squared_error(after) < 0.7 * squared_error(before)
-
-
-@torch.no_grad()
-def squared_error(model: Model) -> float:
-    """Of the decoded continuous latents of some validation pictures."""
-    stream = ShardStream(
-        ROOT / "assets/emoji/val-*.tar",
-        transform=ImageTransform(size=SIZE),
-        batch_size=64,
-        seed=0,
-        shuffle=False,
-    )
-    image = in_unit_range(next(iter(ShardLoader(stream))))["image"]
-    decoded = model.tokenizer.decode(model.tokenizer.encode(image).continuous)
-    return float((decoded - image).square().mean())
-
-
-def stage_checkpoint(stage: int, path: Path) -> Path:
-    module = toy_stage(stage)
-    module.plain_config = {"tokenizer": tokenizer_config(), "size": SIZE}
-    trainer = toy_trainer(1)
-    trainer.fit(module, datamodule=ToyData())
-    trainer.save_checkpoint(path)
-    return path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_decoder_is_fine_tuned_from_a_stage_s_checkpoint(stage: int, tmp_path: Path) -> None:
-    """Alone, or for a model that is built on the same tokens; another model is refused."""
-    ckpt = stage_checkpoint(stage, tmp_path / "stage.ckpt")
-    short = ["max_steps=2", "val_every=2", "module.schedule.warmup_steps=1"]
-    run = ["--exp=smoke/decoder", f"init_from={ckpt}", f"outputs={tmp_path}", *short]
-    assert main(run) == 0
-    saved = read_checkpoint(tmp_path / "smoke/decoder/checkpoints/last.ckpt")
-    tokenizer = load_tokenizer(ckpt)[0]
-    for name, tensor in tokenizer.encoder.state_dict().items():
-        assert torch.equal(saved["network"][f"encoder.{name}"], tensor)
-    assert not (tmp_path / "smoke/decoder/model").exists()
-    model = toy_model()
-    next(model.tokenizer.encoder.parameters()).data.add_(1e-3)
-    save_model(model, tmp_path / "other")
-    run.append("--ckpt=new")
-    assert main([*run, f"model={tmp_path}/other"]) == 2
-    model.tokenizer = tokenizer
-    save_model(model, tmp_path / "same")
-    assert main([*run, f"model={tmp_path}/same"]) == 0
-    exported = load_model(tmp_path / "smoke/decoder/model").tokenizer
-    assert tokenizer_fingerprint(exported) == tokenizer_fingerprint(tokenizer)
-
-
-def test_a_stage_1_checkpoint_has_no_tokens_to_keep(tmp_path: Path) -> None:
-    ckpt = stage_checkpoint(1, tmp_path / "stage.ckpt")
-    with pytest.raises(CheckpointError, match="written by TokenizerStage1"):
-        find_tokenizer(str(ckpt), str(tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["generator", "lora", "decoder"])
+@pytest.mark.parametrize("task", ["generator", "lora", "decoder", "tokenizer"])
 def test_switches_of_memory_and_speed_are_the_run_s_own(task: str, base: Path) -> None:
     """The base was saved without them."""
     switches = ["checkpoint_activations=true", "compile=aot_eager"]
@@ -288,7 +215,7 @@ def test_switches_of_memory_and_speed_are_the_run_s_own(task: str, base: Path) -
     if task == "generator":
         start_from_base(config)
     module = build(config.module)
-    network = module.network if task == "decoder" else module.generator
+    network = module.network if task in ("decoder", "tokenizer") else module.generator
     switched = [part.checkpoint_activations for part in network.modules() if has_switch(part)]
     assert switched and all(switched) and module.backend == "aot_eager"
 
