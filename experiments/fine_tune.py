@@ -67,6 +67,11 @@ def find_tokenizer(
     return tokenizer
 
 
+def find_drawer(reference: str | None, outputs: str, drawn_share: float) -> Model | None:
+    """The model that draws residuals for `finetune/decoder`, None where none are to be drawn."""
+    return find_base(reference, outputs) if reference and drawn_share else None
+
+
 def tokenizer_config(path: Path) -> dict[str, Any]:
     """Architecture and resolution of a tokenizer's checkpoint."""
     config = read_checkpoint(path, mapped=True)["dcar"]["config"]
@@ -201,6 +206,10 @@ def decoder(config: DictConfig, options: RunOptions) -> dict[str, float]:
         own = tokenizer_config(path)
         about = own | about | {"tokenizer": own["tokenizer"]}
     take_from(config, about, ("tokenizer",))
+    if config.drawn_share:
+        if base is None:
+            raise ConfigError(f"drawn_share={config.drawn_share} needs the model: add model=FOLDER")
+        config.model, config.data.train.captioned = reference, True
     metrics = train(config, options)
     if base is not None and not options.dry_run:
         export_decoder(config, base)

@@ -5,6 +5,7 @@ B batch, S image side, C latent channels, H W latent grid, K codebook size.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,9 @@ from dcar.evaluation.metrics import ReconstructionMetrics
 from dcar.lit.base import BaseModule, train_only
 from dcar.lit.frozen import Frozen
 from dcar.lit.stepping import Losses
-from dcar.models.checkpoints import load_strictly
+from dcar.models.checkpoints import Model, load_strictly
 from dcar.models.distributed import first_rank_value
+from dcar.models.draws import Draws
 from dcar.models.kmeans import kmeans
 from dcar.models.losses import TokenizerCriterion, hinge_discriminator_loss
 from dcar.models.quantizer import (
@@ -28,6 +30,7 @@ from dcar.models.quantizer import (
     codebook_usage,
     count_codes,
 )
+from dcar.models.sampler import sample
 from dcar.models.tokenizer import HybridTokenizer, Latents
 
 
@@ -120,7 +123,7 @@ class TokenizerModule(BaseModule):
     def losses(self, batch: dict[str, Any], batch_idx: int) -> Iterator[Losses]:
         image = batch["image"]
         latents = self.network.encode(image)
-        recon = self.network.decode(self._mix(latents, batch_idx))  # (B, 3, S, S)
+        recon = self.network.decode(self.decoded(latents, batch, batch_idx))  # (B, 3, S, S)
         if self.is_read():
             counts = count_codes(latents.ids, self.network.num_codes)
             self.log_terms("codebook", {"batch_usage": codebook_usage(counts)}, over_ranks=False)
@@ -131,9 +134,12 @@ class TokenizerModule(BaseModule):
         if has_gan:
             yield self._discriminator_losses(recon.detach(), image)
 
-    def _mix(self, latents: Latents, batch_idx: int) -> Tensor:
+    def decoded(self, latents: Latents, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """What a training step decodes, (B, C, H, W)."""
+        return self._mix(latents, self.draws(batch_idx))
+
+    def _mix(self, latents: Latents, draws: Draws) -> Tensor:
         """Each image's discrete or continuous latents, by a coin of `discrete_prob`."""
-        draws = self.draws(batch_idx)
         coin = draws.rand(len(latents.ids)) if self.per_image else draws.rand_of_step()  # (B,) (1,)
         is_discrete = (coin < self.discrete_prob)[:, None, None, None]
         return torch.where(is_discrete, latents.discrete, latents.continuous)
@@ -231,8 +237,71 @@ class TokenizerStage2(TokenizerModule):
 
 
 class TokenizerStage3(TokenizerModule):
-    """Alternate fine-tuning: only the decoder trains, on either path with equal chance."""
+    """Alternate fine-tuning: only the decoder trains, on either path with equal chance.
+
+    drawn_by: a finished model with this tokenizer's tokens. Of each batch, the share `drawn_share`
+    is decoded from its codes and the residual that the model draws for them by its own sampler
+    settings, so that the decoder learns what it gets when pictures are made of words. Batches hold
+    `caption` then. Not in the paper: docs/method.md section 5. Raises ValueError for a share
+    outside [0, 1], and without a model, or with one that draws no residuals, for one above 0.
+    """
 
     discrete_prob = 0.5
     trainable = ("decoder",)
     starts_from = ("TokenizerStage2",)
+
+    def __init__(self, *, drawn_by: Model | None = None, drawn_share: float = 0.0, **stage: Any):
+        super().__init__(**stage)
+        if not 0 <= drawn_share <= 1:
+            raise ValueError(f"drawn_share {drawn_share} is not in [0, 1]")
+        self.drawn_share = drawn_share
+        self.drawer: ResidualDrawer | None = None
+        if drawn_share:
+            if drawn_by is None:
+                raise ValueError(f"drawn_share {drawn_share} needs a model: give drawn_by")
+            self.drawer = ResidualDrawer(drawn_by)
+
+    def frozen(self) -> list[Any]:
+        return [*super().frozen(), *(self.drawer.parts if self.drawer else [])]
+
+    def decoded(self, latents: Latents, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        draws = self.draws(batch_idx)
+        mixed = self._mix(latents, draws)
+        if self.drawer is None:
+            return mixed
+        if "caption" not in batch:
+            raise DataError("residuals are drawn by captions: give data.train.captioned=true")
+        rows = round(self.drawn_share * len(mixed))  # as many in every batch: one shape to compile
+        ids, captions = latents.ids[:rows], batch["caption"][:rows]
+        drawn = latents.discrete[:rows] + self.drawer(ids, captions, draws)
+        return torch.cat([drawn, mixed[rows:]])
+
+
+class ResidualDrawer:
+    """The residual that a finished model draws for given codes, by its own sampler settings.
+
+    Raises ValueError for a model without a residual head, or that samples without it.
+    """
+
+    def __init__(self, model: Model):
+        if model.generator.residual_head is None or not model.sampler.residual_refinement:
+            raise ValueError("the model of drawn_by draws no residuals")
+        self.generator, self.text_encoder = Frozen(model.generator), Frozen(model.text_encoder)
+        self.parts = [self.generator, self.text_encoder]
+        # the hidden states of one forward pass in which no token is hidden
+        self.settings = replace(model.sampler, residual_condition="last_step")
+
+    def __call__(self, ids: Tensor, captions: Sequence[str], draws: Draws) -> Tensor:
+        """(B, C, H, W) for ids (B, H, W) and B captions."""
+        text, mask = self.text_encoder(captions)
+        residual = sample(
+            self.generator.module,
+            text,
+            mask,
+            grid=(ids.shape[1], ids.shape[2]),
+            seeds=draws.randint(2**31, len(ids)).tolist(),
+            settings=self.settings,
+            initial_ids=ids,
+        ).residual
+        assert residual is not None
+        return residual

@@ -49,6 +49,20 @@ QUICK += ["trainer.precision=32-true", "+trainer.limit_val_batches=2", "module.v
 
 
 @pytest.mark.slow
+def test_a_decoder_learns_from_the_model_s_own_residuals_too(
+    base: Path, tmp_path: Path, capsys
+) -> None:
+    run = ["--exp=smoke/decoder", f"outputs={tmp_path}", "drawn_share=0.5"]
+    assert main([*run, f"init_from={base}"]) == 0
+    before, after = load_model(base), load_model(tmp_path / "smoke/decoder/model")
+    assert tokenizer_fingerprint(before.tokenizer) == tokenizer_fingerprint(after.tokenizer)
+    assert fingerprint(before.tokenizer.decoder) != fingerprint(after.tokenizer.decoder)
+    ckpt = stage_checkpoint(3, tmp_path / "stage.ckpt")
+    assert main([*run, f"init_from={ckpt}", "--ckpt=new"]) == 2
+    assert "drawn_share=0.5 needs the model: add model=FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_whole_tokenizer_is_fine_tuned_and_a_generator_learns_its_tokens(
     base: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,9 @@
 """What each tokenizer stage moves, which path it decodes, and that it resumes exactly."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -12,10 +14,24 @@ from torch import Tensor
 from dcar.errors import DataError
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.last_checkpoint import LastCheckpoint
+from dcar.models.checkpoints import Model
 from dcar.models.discriminator import PatchDiscriminator
+from dcar.models.draws import Draws
+from dcar.models.fingerprint import fingerprint
 from dcar.models.kmeans import kmeans
 from dcar.models.losses import TokenizerCriterion
-from tests.toys import CODES, ToyData, ToyImages, collate, toy_stage, toy_trainer, weights
+from dcar.models.noise import ImageNoise
+from dcar.models.tokenizer import Latents
+from tests.toys import (
+    CODES,
+    ToyData,
+    ToyImages,
+    collate,
+    toy_model,
+    toy_stage,
+    toy_trainer,
+    weights,
+)
 
 MOVES = {1: {"encoder", "decoder"}, 2: {"encoder", "quantizer", "decoder"}, 3: {"decoder"}}
 
@@ -37,7 +53,7 @@ def test_the_share_of_discrete_images_is_the_stage_s(stage: int, share: float) -
     latents = module.network.encode(torch.rand(64, 3, 16, 16))
     hits = []
     for batch_idx in range(200):
-        mixed = module._mix(latents, batch_idx)
+        mixed = module._mix(latents, module.draws(batch_idx))
         hits.append((mixed == latents.discrete).flatten(1).all(1).float())
         either = (mixed == latents.discrete) | (mixed == latents.continuous)
         assert either.all()
@@ -50,7 +66,7 @@ def test_one_coin_for_the_whole_batch_when_asked() -> None:
     latents = module.network.encode(torch.rand(8, 3, 16, 16))
     shares = set()
     for batch_idx in range(20):
-        mixed = module._mix(latents, batch_idx)
+        mixed = module._mix(latents, module.draws(batch_idx))
         shares.add((mixed == latents.discrete).flatten(1).all(1).float().mean().item())
     assert shares == {0.0, 1.0}
 
@@ -200,3 +216,70 @@ def test_a_term_of_one_s_own_is_weighed_and_one_that_would_learn_is_refused() ->
     torch.testing.assert_close(logged["train/loss"], expected)
     with pytest.raises(ValueError, match="would learn log_variance"):
         toy_stage(1, criterion=WithVariation(learns=True))
+
+
+def steady_model() -> Model:
+    """Its residuals depend on seed, codes and caption, and are not guided."""
+    model = toy_model()
+    settings = {"residual_guidance": 0.0, "residual_temperature": 0.0}
+    return replace(model, sampler=replace(model.sampler, **settings))
+
+
+def drawn_stage(captions: list[str]) -> tuple[Tensor, Latents]:
+    """What stage 3 decodes of eight pictures with these captions, and their latents."""
+    module = toy_stage(3, drawn_by=steady_model(), drawn_share=0.5)
+    module._trainer = toy_trainer(1)
+    torch.manual_seed(1)
+    latents = module.network.encode(torch.rand(8, 3, 16, 16))
+    return module.decoded(latents, {"caption": captions}, 0), latents
+
+
+def test_a_share_of_a_batch_is_decoded_with_the_residual_that_the_model_draws() -> None:
+    words = [f"toy {index}" for index in range(8)]
+    mixed, latents = drawn_stage(words)
+    either = (mixed == latents.discrete) | (mixed == latents.continuous)
+    assert either[4:].all()
+    generator, encoder = steady_model().generator.eval(), steady_model().text_encoder.eval()
+    ids = latents.ids[:4]
+    with torch.no_grad():
+        hidden = generator.transformer(ids, *encoder(words[:4])).hidden
+    draws = Draws(Random("0/0/0").getrandbits(63))  # of the module's first batch
+    draws.rand(8)  # the coin between the paths
+    noise = ImageNoise(draws.randint(2**31, 4).tolist())
+    noise.rand(3, 2, ids[0].numel())  # the sampler's, of its three steps
+    head = generator.residual_head
+    drawn = head.sample(hidden, noise=noise, ids=ids.flatten(1), temperature=0.0)
+    expected = rearrange(drawn, "b (h w) c -> b c h w", h=ids.shape[1])
+    torch.testing.assert_close((mixed - latents.discrete)[:4], expected)
+    assert expected.std() > 1e-3
+    others, _ = drawn_stage([words[0], "another", *words[2:]])
+    changed = (others != mixed).flatten(1).any(1)
+    assert changed.tolist() == [False, True, *[False] * 6]
+
+
+def test_a_decoder_learns_what_the_model_draws_and_the_model_stays() -> None:
+    model = steady_model()
+    before = fingerprint(model.generator)
+    module = toy_stage(3, drawn_by=model, drawn_share=0.5)
+    first = weights(module)
+    toy_trainer(2).fit(module, datamodule=ToyData())
+    assert fingerprint(model.generator) == before
+    after = module.state_dict()
+    assert after.keys() == first.keys()  # the model is in no checkpoint
+    moved = {k.split(".")[1] for k in after if not torch.equal(after[k], first[k])}
+    assert moved == {"decoder"}
+
+
+def test_a_share_that_nothing_can_draw_is_refused() -> None:
+    with pytest.raises(ValueError, match="drawn_share 1.5 is not in"):
+        toy_stage(3, drawn_by=toy_model(), drawn_share=1.5)
+    with pytest.raises(ValueError, match="drawn_share 0.5 needs a model"):
+        toy_stage(3, drawn_share=0.5)
+    model = toy_model()
+    silent = replace(model, sampler=replace(model.sampler, residual_refinement=False))
+    with pytest.raises(ValueError, match="draws no residuals"):
+        toy_stage(3, drawn_by=silent, drawn_share=0.5)
+    module = toy_stage(3, drawn_by=model, drawn_share=0.5)
+    module._trainer = toy_trainer(1)
+    with pytest.raises(DataError, match="data.train.captioned=true"):
+        module.decoded(module.network.encode(torch.rand(2, 3, 16, 16)), {}, 0)
