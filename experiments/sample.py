@@ -152,7 +152,10 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
         width=config.width,
         batch_size=1 if options.dry_run else config.batch_size,
     )
-    if not options.dry_run:
+    if options.dry_run:
+        width, height = pictures[0].size
+        print(f"dry run: {len(pictures)} drawn, {width} x {height} px; nothing is written")
+    else:
         facts = {"ckpt": config.ckpt, "precision": config.precision}
         facts |= asdict(pipeline.settings(steps=config.steps, guidance=config.guidance))
         write(pictures, prompts, paths, config, facts)
@@ -172,5 +175,7 @@ def write(
     if len(pictures) > 1:
         grid_path = Path(config.out)
         columns = min(8, len(pictures))
-        save_png(captioned_grid(pictures, prompts, columns=columns), grid_path, settings)
+        grid = captioned_grid(pictures, prompts, columns=columns)
+        facts = {"prompts": "\n".join(prompts), "first seed": config.seed}
+        save_png(grid, grid_path, facts | settings)
         print(f"{grid_path}: all {len(pictures)} with their prompts")

@@ -23,7 +23,7 @@ from dcar.lit.precision import is_on_cpu, precision_plugin
 from dcar.lit.sharding import is_sharded
 from dcar.models.checkpoints import PARTS, load_strictly, read_checkpoint, save_model
 from experiments.components import build
-from experiments.config import ConfigError, check_writable, quick_dtype
+from experiments.config import ConfigError, at_least, check_writable, quick_dtype
 from experiments.lineage import lineage_of
 from experiments.resume import find_resume, finished
 from experiments.run import RunOptions
@@ -100,6 +100,7 @@ def find_start(config: DictConfig, options: RunOptions) -> Path | None:
 
 def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Fit, or go on fitting, one module. Returns the last logged metrics by name."""
+    at_least(config, 0, "seed", "learning_rate")
     resume = find_start(config, options)
     if finished(resume, config):
         rank_zero_info(f"{config.exp}: all {config.max_steps} steps are done ({resume})")

@@ -53,6 +53,17 @@ def test_a_file_of_prompts_gives_a_png_each_and_a_grid(folder: Path, tmp_path: P
     assert names == ["all-000.png", "all-001.png", "all.png"]
     with Image.open(tmp_path / "all-001.png") as picture:
         assert picture.text["prompt"] == "a dog" and picture.text["seed"] == "1"
+    with Image.open(out) as grid:
+        assert grid.text["prompts"] == "a cat\na dog" and grid.text["first seed"] == "0"
+        assert grid.text["steps"] == "3"
+
+
+def test_a_dry_run_draws_and_writes_nothing(folder: Path, tmp_path: Path, capsys) -> None:
+    arguments = [f"ckpt={folder}", "prompt=a cat", f"out={tmp_path}/a.png", "--dry-run"]
+    assert main(["--exp=sample", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert said == f"dry run: 1 drawn, {SIZE} x {SIZE} px; nothing is written\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

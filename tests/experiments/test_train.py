@@ -269,6 +269,12 @@ def test_what_lightning_has_no_use_for_is_said_in_a_line(
     assert error.startswith("error: trainer: ") and message in error
 
 
+@pytest.mark.parametrize("setting", ["seed=-1", "learning_rate=-0.1"])
+def test_a_number_below_nothing_is_named_by_its_key(setting: str, tmp_path: Path, capsys) -> None:
+    assert main(["--exp=smoke/stage1", setting, f"outputs={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"error: {setting} must be at least 0\n"
+
+
 def test_a_deeper_generator_needs_one_to_start_from(tmp_path: Path, capsys) -> None:
     given = [f"outputs={tmp_path}", "module.deepen=true", "tokenizer_from=null"]
     assert main(["--exp=smoke/pretrain_256", *given]) == 2
