@@ -14,7 +14,6 @@ from dcar.lit.lineage import model_lineage
 from dcar.models.checkpoints import (
     TOKENIZER_MODULES,
     Model,
-    load_model,
     load_tokenizer,
     read_checkpoint,
     save_model,
@@ -25,7 +24,7 @@ from dcar.models.tokenizer import HybridTokenizer
 from experiments.config import ConfigError, find_checkpoint
 from experiments.lineage import find
 from experiments.run import RunOptions
-from experiments.sample import find_folder, find_model
+from experiments.sample import find_model
 from experiments.train import train
 
 BASE_PARTS = ("tokenizer", "generator", "text_encoder", "sampler")
@@ -95,40 +94,21 @@ def last_checkpoint(config: DictConfig) -> Path:
 
 
 def start_from_base(config: DictConfig) -> Path:
-    """Complete the configuration by what is fine-tuned, and tell where that is.
-
-    Raises CheckpointError where `tokenizer_from` makes other codes or channels than the base's.
-    """
+    """Complete the configuration by what is fine-tuned, and tell where that is."""
+    if config.tokenizer_from is not None:
+        raise ConfigError(
+            f"tokenizer_from={config.tokenizer_from}: the base's own is used; "
+            "--exp=finetune/retokenize gives it another one"
+        )
     base = find_base(config.init_from, config.outputs)
     take_from(config, base.config, BASE_PARTS)
     key = "generator.transformer.checkpoint_activations"  # of the run; the base may lack it
     OmegaConf.update(config, key, config.checkpoint_activations, force_add=True)
     path = find(config.init_from, config.outputs, models_first=True)
-    if config.tokenizer_from is not None:
-        take_tokenizer(config, base)
-    else:
-        saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
-        config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
+    saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
+    config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
     config.init_from = str(path)
     return path
-
-
-def take_tokenizer(config: DictConfig, base: Model) -> None:
-    """That of `tokenizer_from`, whose tokens the generator is to learn."""
-    path = tokenizer_checkpoint(config.tokenizer_from, config.outputs)
-    if path is None:
-        path = find_folder(config.tokenizer_from, config.outputs, key="tokenizer_from")
-        model = load_model(path)
-        ours, about = model.tokenizer, model.config
-    else:
-        ours, about = load_tokenizer(path)[0], tokenizer_config(path)
-    for name in ("num_codes", "latent_channels", "downsample"):
-        if (have := getattr(ours, name)) != (wanted := getattr(base.tokenizer, name)):
-            raise CheckpointError(
-                f"tokenizer_from={config.tokenizer_from} has {name} {have}, "
-                f"the tokenizer of init_from={config.init_from} {wanted}"
-            )
-    config.tokenizer, config.tokenizer_from = about["tokenizer"], str(path)
 
 
 def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:

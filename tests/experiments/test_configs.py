@@ -19,6 +19,7 @@ GIVEN = {
     "finetune/lora": ["init_from=x"],
     "finetune/decoder": ["init_from=x"],
     "finetune/tokenizer": ["init_from=x"],
+    "finetune/retokenize": ["init_from=x", "tokenizer_from=y"],
     "finetune/generator": ["init_from=x"],
     "finetune/merge": ["init_from=x", "adapter=x", "out=x"],
     "lineage": ["ckpt=x"],

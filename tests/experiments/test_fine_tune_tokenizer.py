@@ -44,7 +44,7 @@ def test_a_new_decoder_keeps_the_tokens_and_draws_the_pictures_better(
     assert squared_error(after) < 0.7 * squared_error(before)
 
 
-QUICK = ["data=emoji", "data.num_workers=0", "fid_features=null", "batch_size=8", "warmup_steps=2"]
+QUICK = ["fid_features=null", "batch_size=8", "warmup_steps=2"]
 QUICK += ["trainer.precision=32-true", "+trainer.limit_val_batches=2", "module.val_names=[val]"]
 
 
@@ -68,12 +68,23 @@ def test_a_whole_tokenizer_is_fine_tuned_and_a_generator_learns_its_tokens(
 ) -> None:
     """As docs/finetuning.md does it: stage 2 further, stage 3, and the generator on new tokens."""
     base = without_scale(shutil.copytree(base, tmp_path / "base"))
-    run = [*QUICK, f"outputs={tmp_path}", "max_steps=30", "val_every=30", "learning_rate=5e-3"]
+    data = ["data=emoji", "data.num_workers=0", f"outputs={tmp_path}"]
+    run = [*data, *QUICK, "max_steps=30", "val_every=30", "learning_rate=5e-3"]
     assert main(["--exp=finetune/tokenizer", f"init_from={base}", *run]) == 0
     assert main(["--exp=finetune/decoder", "init_from=finetune/tokenizer", *run]) == 0
-    run += ["max_steps=4", "val_every=4", "tokenizer_from=finetune/decoder"]
-    assert main(["--exp=finetune/generator", f"init_from={base}", *run]) == 0
-    before, after = load_model(base), load_model(tmp_path / "finetune/generator/model")
+    given = [f"init_from={base}", "tokenizer_from=finetune/decoder", "images=256"]
+    given.append("batch_size=8")  # the pictures that the generator measures its scale on
+    assert main(["--exp=finetune/retokenize", *given, *data]) == 0
+    run += ["max_steps=4", "val_every=4", "init_from=finetune/retokenize"]
+    assert main(["--exp=finetune/generator", *run]) == 0
+    before, matched, after = (
+        load_model(path)
+        for path in (
+            base,
+            tmp_path / "finetune/retokenize/model",
+            tmp_path / "finetune/generator/model",
+        )
+    )
     wholes = [
         load_tokenizer(tmp_path / f"finetune/{name}/checkpoints/last.ckpt")[0]
         for name in ("tokenizer", "decoder")
@@ -81,12 +92,15 @@ def test_a_whole_tokenizer_is_fine_tuned_and_a_generator_learns_its_tokens(
     for part in ("encoder", "quantizer"):
         first = fingerprint(getattr(before.tokenizer, part))
         assert fingerprint(getattr(wholes[0], part)) != first, part
-    tokens = [tokenizer_fingerprint(each) for each in (*wholes, after.tokenizer)]
-    assert len(set(tokens)) == 1 and tokens[0] != tokenizer_fingerprint(before.tokenizer)
-    assert fingerprint(after.tokenizer) == fingerprint(wholes[1]) != fingerprint(wholes[0])
+    tokens = {tokenizer_fingerprint(each) for each in (*wholes, matched.tokenizer)}
+    assert len(tokens) == 1 and tokens != {tokenizer_fingerprint(before.tokenizer)}
+    assert fingerprint(after.tokenizer) == fingerprint(matched.tokenizer) == fingerprint(wholes[1])
     assert squared_error(after, "discrete") < 0.7 * squared_error(before, "discrete")
-    scales = [float(each.generator.residual_head.scale) for each in (before, after)]
-    assert scales[0] != scales[1]  # measured on the new tokens
+    scales = [float(each.generator.residual_head.scale) for each in (before, matched, after)]
+    assert scales[0] != scales[1] == pytest.approx(scales[2])  # of the new residuals
+    kept, moved = (each.generator.transformer.state_dict() for each in (before, matched))
+    changed = {name for name in kept if not torch.equal(kept[name], moved[name])}
+    assert changed == {"token_embedding.weight", "output.weight", "output.bias"}
 
 
 def without_scale(folder: Path) -> Path:
@@ -99,11 +113,14 @@ def without_scale(folder: Path) -> Path:
 
 def test_a_generator_takes_no_tokens_that_do_not_fit_it(base: Path, tmp_path: Path, capsys) -> None:
     """mini has other codes than the toy's."""
-    run = ["init_from=mini", f"tokenizer_from={base}", *QUICK, f"outputs={tmp_path}"]
-    assert main(["--exp=finetune/generator", *run]) == 2
+    run = ["init_from=mini", "data=emoji", f"outputs={tmp_path}"]
+    retokenize = ["--exp=finetune/retokenize", *run]
+    assert main([*retokenize, f"tokenizer_from={base}"]) == 2
     assert f"tokenizer_from={base} has num_codes" in capsys.readouterr().err
-    assert main(["--exp=finetune/generator", *run, "tokenizer_from=nowhere"]) == 2
+    assert main([*retokenize, "tokenizer_from=nowhere"]) == 2
     assert "tokenizer_from=nowhere is no checkpoint" in capsys.readouterr().err
+    assert main(["--exp=finetune/generator", *run, f"tokenizer_from={base}"]) == 2
+    assert "--exp=finetune/retokenize gives it another one" in capsys.readouterr().err
 
 
 @torch.no_grad()
