@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcar.data.batches import Batch
 from dcar.data.loader import ShardLoader
 from dcar.lit.base import BaseModule
+from dcar.models.precision import without_autocast
 
 MEMORY, PLAIN, SHARDS, PRODUCT = "memory", "plain", "shards", "product"
 
@@ -68,7 +69,8 @@ class PlainLoop:
         batch, active = self.module.on_after_batch_transfer(batch, 0), []
         for part in self.module.losses(batch, index):
             loss = part.loss / self.module.accumulate
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            with without_autocast(loss):
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             active.append(part.optimizer)
         return active
 

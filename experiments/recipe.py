@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 
 from experiments.config import ConfigError, load_config
@@ -37,8 +37,13 @@ def recipe(config: DictConfig, options: RunOptions) -> None:
         settings = settings_of(config, run)
         rank_zero_info(f"[{number}/{len(runs)}] {settings.exp}: {settings.max_steps} steps")
         train(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))
-    if options.dry_run:
-        return
+    if not options.dry_run:
+        finish(config, runs)
+
+
+@rank_zero_only
+def finish(config: DictConfig, runs: list[str]) -> None:
+    """The model that the last run left, in the recipe's own folder, and a report of all runs."""
     folder = Path(config.outputs) / config.recipe
     shutil.copytree(folder / runs[-1] / "model", folder / "model", dirs_exist_ok=True)
     python = os.path.relpath(sys.executable)

@@ -17,6 +17,7 @@ from dcar.lit.base import BaseModule
 from dcar.lit.flight_record import largest, output_maxima
 from dcar.lit.random_states import restore_random_states
 from dcar.models.checkpoints import COMPONENTS, load_strictly, read_checkpoint
+from dcar.models.precision import without_autocast
 from experiments.components import build
 from experiments.config import ConfigError
 from experiments.run import RunOptions
@@ -33,6 +34,7 @@ TARGETS = (
     "dcar.models.losses.TokenizerCriterion",
     "dcar.models.perceptual.LPIPS",
     "experiments.fine_tune.find_base",
+    "experiments.fine_tune.find_drawer",
     "hydra.utils.get_object",
 )
 OBJECTS = ("torch.bfloat16", "torch.float16", "torch.float32")  # for hydra.utils.get_object
@@ -150,7 +152,8 @@ def repeat(module: BaseModule, record: dict[str, Any], precision: str) -> Repeti
             losses.append([])
             for part in module.losses(dict(batch), index):
                 losses[-1].append(part.loss.item())
-                (part.loss / module.accumulate * (scale or 1.0)).backward()
+                with without_autocast(part.loss):
+                    (part.loss / module.accumulate * (scale or 1.0)).backward()
     found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     gradients = {name: largest(gradient / (scale or 1.0)) for name, gradient in found.items()}
     return Repetition(precision, losses, outputs, gradients)

@@ -92,12 +92,15 @@ def model_of_checkpoint(path: Path) -> Model:
     config, writer = checkpoint["dcar"]["config"], checkpoint["dcar"]["module"]
     if writer != "MaskedARGenerator":
         raise CheckpointError(f"{path} was written by {writer}; sampling needs a generator's")
+    tokenizer_from = checkpoint["dcar"]["tokenizer_from"]
+    if tokenizer_from in (None, "None"):  # as older checkpoints have it
+        raise CheckpointError(f"{path} was trained on the tokens of a tokenizer of random weights")
     model = build_model(config)
     network = torch.nn.ModuleDict({"generator": model.generator})
     if model.text_encoder.trainable:
         network["text_encoder"] = model.text_encoder
     load_strictly(network, checkpoint["network"], source=path)
-    load_tokenizer(checkpoint["dcar"]["tokenizer_from"], into=model.tokenizer)
+    load_tokenizer(tokenizer_from, into=model.tokenizer)
     return model
 
 

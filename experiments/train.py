@@ -19,7 +19,7 @@ from dcar.lit.checkpoint_io import DurableCheckpointIO
 from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.lit.lineage import model_lineage
-from dcar.lit.precision import is_on_cpu, precision_plugin
+from dcar.lit.precision import is_on_cpu
 from dcar.lit.sharding import is_sharded
 from dcar.models.checkpoints import PARTS, load_strictly, read_checkpoint, save_model
 from experiments.components import build
@@ -63,10 +63,6 @@ def build_trainer(
     plugins: list[Any] = [DurableCheckpointIO()]
     if SLURMEnvironment.detect():  # a job is queued again by LastCheckpoint
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    plugin = precision_plugin(settings["precision"], settings["accelerator"])
-    if plugin is not None:
-        settings.pop("precision")
-        plugins.append(plugin)
     callbacks: list[Callback] = [build(node) for node in config.callbacks.values()]
     callbacks.sort(key=lambda one: isinstance(one, LastCheckpoint))  # it may end the run: last
     for callback in callbacks:

@@ -165,29 +165,28 @@ class ShardSet:
         index = self.shards.get(self.urls[shard], self.entries[shard])
         if index is None or position >= len(index):
             raise BadSample("lost with its shard")
-        try:
-            return index.read(position)
-        except OSError as error:  # the training saves a checkpoint, as for all DataErrors
-            raise DataError(f"{self.urls[shard]} cannot be read: {error}") from error
+        return _read(index, position, self.urls[shard])
 
     def captions(self, shard: int, key: str) -> dict[str, str]:
         """Further captions of a sample, by name, from the caption shards."""
         found: dict[str, str] = {}
         for folder in self.caption_folders:
-            index = self.shards.get(join(folder, name_of(self.urls[shard])), None)
+            url = join(folder, name_of(self.urls[shard]))
+            index = self.shards.get(url, None)
             position = index.find(key) if index else None
             if index and position is not None:
-                found |= caption_names(index.read(position).get("json", b""))
+                found |= caption_names(_read(index, position, url).get("json", b""))
         return found
 
     def caption_names(self) -> set[str]:
         """The names of the captions that samples have, as the first hundred of each folder tell."""
         found = {OWN}
         for folder in self.caption_folders:
-            index = self.shards.get(join(folder, name_of(self.urls[0])), None)
+            url = join(folder, name_of(self.urls[0]))
+            index = self.shards.get(url, None)
             if index:
                 for position in range(min(len(index), 100)):
-                    found |= set(caption_names(index.read(position).get("json", b"")))
+                    found |= set(caption_names(_read(index, position, url).get("json", b"")))
         return found
 
     def prepare(self, shard: int, first: int, stop: int) -> None:
@@ -226,6 +225,13 @@ class ShardSet:
                 yield min(width, MAX_EDGE), min(height, MAX_EDGE)
             except ValueError:
                 yield 1, 1
+
+
+def _read(index: ShardIndex, position: int, url: str) -> Raw:
+    try:
+        return index.read(position)
+    except OSError as error:  # the training saves a checkpoint, as for all DataErrors
+        raise DataError(f"{url} cannot be read: {error}") from error
 
 
 def _listed(folder: str) -> bool:

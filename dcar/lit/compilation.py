@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch._functorch import config as aot
 
 from dcar.models.autoencoder import Decoder, Encoder
 from dcar.models.denoiser import Denoiser
@@ -31,6 +32,8 @@ def compile_parts(module: nn.Module, *, backend: str) -> None:
 
     What cannot be compiled (a graph break) runs as it is: it costs speed alone.
     """
+    if hasattr(aot, "backward_pass_autocast"):
+        aot.backward_pass_autocast = "off"  # as training steps run it
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
     for part in module.modules():

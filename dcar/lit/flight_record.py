@@ -88,9 +88,7 @@ def output_maxima(root: nn.Module) -> Iterator[dict[str, float]]:
 
 
 def _on_cpu(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the step needs of a batch: its pictures only where it has no tokens."""
-    kept = {k: v for k, v in batch.items() if k != "image" or "ids" not in batch}
-    return {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in kept.items()}
+    return {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _repeat(module: Any) -> dict[str, float]:

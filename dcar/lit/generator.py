@@ -314,7 +314,7 @@ class MaskedARGenerator(BaseModule):
         )
 
     def _update_fid(self, batch: dict[str, Any], text: Tensor, text_mask: Tensor) -> None:
-        """Draw so many of the batch that all ranks together come to `fid_images`, a seed each."""
+        """Draw so many of the batch that all ranks come to at least `fid_images`, a seed each."""
         world = self.trainer.world_size
         count = min(len(text), -(-self.fid_images // world) - self._drawn)
         if self.metrics is None or count <= 0 or self.trainer.sanity_checking:
@@ -332,7 +332,8 @@ class MaskedARGenerator(BaseModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["dcar"]["tokenizer_from"] = str(self.tokenizer_from)
+        path = self.tokenizer_from
+        checkpoint["dcar"]["tokenizer_from"] = None if path is None else str(path)
 
     @torch.no_grad()
     def sample(self, text: Tensor, text_mask: Tensor, *, seeds: Sequence[int]) -> Tokens:
@@ -354,7 +355,7 @@ class MaskedARGenerator(BaseModule):
 
     @torch.no_grad()
     def _measure_residual_scale(self, batches: int) -> None:
-        """Standard deviation of the residual over some training batches of every rank."""
+        """Root mean square of the residual over some training batches of every rank."""
         total = torch.zeros(2, device=self.device, dtype=torch.float64)
         for index, batch in enumerate(self.preview_batches()):
             if index == batches:

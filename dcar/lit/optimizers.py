@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from dcar.lit.sharding import piece_like, whole
-from dcar.models.precision import quick_dtype
+from dcar.models.precision import quick_dtype, without_autocast
 
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: steep at 0, so few iterations do
@@ -63,7 +63,8 @@ def muon_step(group: Mapping[str, Any], state: MutableMapping[Tensor, dict[str, 
             mean = own["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             directions.append(whole(gradient.lerp(mean, group["momentum"])))
         stacked = torch.stack(directions)  # (n, A, B)
-        steps = orthogonalized(stacked, quick_dtype(stacked.device)).to(stacked.dtype)
+        with without_autocast(stacked):  # training steps run under it
+            steps = orthogonalized(stacked, quick_dtype(stacked.device)).to(stacked.dtype)
         rate = group["lr"] * LIKE_ADAMW * sqrt(max(stacked.shape[1:]))
         for parameter, step in zip(parameters, steps, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])

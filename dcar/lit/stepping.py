@@ -21,6 +21,7 @@ from dcar.lit.random_states import random_states
 from dcar.lit.rollback import roll_back
 from dcar.lit.schedules import constant
 from dcar.lit.sharding import whole
+from dcar.models.precision import without_autocast
 
 READ_EVERY = 10  # batches from one look of the progress bar at the logged values to the next
 
@@ -155,12 +156,15 @@ class SteppingModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         if not self.window:
             self.buffers_before = KeptBuffers(m for part in self.optimized() for m in part)
-        self.window.append(StepBatch(batch, batch_idx, random_states(self.device)))
+        # what the step needs of it: pictures only where there are no tokens
+        kept = {k: v for k, v in batch.items() if k != "image" or "ids" not in batch}
+        self.window.append(StepBatch(kept, batch_idx, random_states(self.device)))
         self.window_losses.append([])
         is_step = (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
         active = []
         for part in self.losses(batch, batch_idx):
-            with self._reduced_over_ranks(is_step):
+            # autocast off: what was computed in fp32 has its gradients computed in fp32, too
+            with self._reduced_over_ranks(is_step), without_autocast(part.loss):
                 self.manual_backward(part.loss / self.accumulate)
             self.window_losses[-1].append(part.loss.detach())
             if self.is_read():

@@ -57,6 +57,7 @@ class HybridGenerator(nn.Module):
         self.label_smoothing, self.unmasked_weight = label_smoothing, unmasked_weight
         self.caption_drop, self.residual_weight = caption_drop, residual_weight
         self.mask_schedule, self.residual_positions = mask_schedule, residual_positions
+        self._counted: tuple[object, Tensor] = ((), torch.tensor(0.0))  # of `_mean_masked`'s step
 
     def losses(
         self,
@@ -113,10 +114,13 @@ class HybridGenerator(nn.Module):
         """
         if not self.training:
             return mask.sum().float()
-        masks = [mask]
-        if draws.parts > 1:
+        if draws.parts == 1:
+            return mean_over_ranks(mask.sum().float())
+        step = (draws.seed, draws.parts, ids.shape)
+        if step != self._counted[0]:  # all parts of a step find the same
             masks = [self._draw_mask(ids, part) for part in draws.of_every_part()]
-        return mean_over_ranks(torch.stack([part.sum().float() for part in masks]).mean())
+            self._counted = step, torch.stack([part.sum().float() for part in masks]).mean()
+        return mean_over_ranks(self._counted[1].clone())
 
     def _token_terms(
         self, logits: Tensor, ids: Tensor, mask: Tensor, masked: Tensor

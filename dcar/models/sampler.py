@@ -207,13 +207,12 @@ def _unmask(
     ids = start.flatten(1)  # (B, N)
     masked = ids == mask_id
     plan = make_plan(masked, settings)
-    is_guided = any(plan.is_guided) or settings.guidance_of_residual > 0
+    is_guided = any(plan.is_guided) or settings.guides_residual
     model = _Captioned(
         generator.transformer, text, text_mask, null_mask=settings.null_mask, is_guided=is_guided
     )
     uniform = noise.rand(settings.steps, 2, height * width)  # (B, T, 2, N)
-    is_residual_guided = settings.residual_refinement and settings.guidance_of_residual > 0
-    rows = 2 if is_residual_guided else 1  # that the residual head reads of an image
+    rows = 2 if settings.guides_residual else 1  # that the residual head reads of an image
     hidden: list[Tensor] = [ids] * batch
     for step in range(len(plan)):
         visible = ids.masked_fill(masked, mask_id).view_as(start)
@@ -228,8 +227,8 @@ def _unmask(
             shown = ids.masked_fill(masked, mask_id)
             on_step(step, shown.view_as(start), (was_masked & ~masked).view_as(start))
     ids = ids.view_as(start)
-    if settings.residual_condition == "extra_forward":
-        output = model(ids, is_guided=settings.guidance_of_residual > 0)
+    if settings.residual_refinement and settings.residual_condition == "extra_forward":
+        output = model(ids, is_guided=settings.guides_residual)
         hidden = [output.hidden[image::batch] for image in range(batch)]
     stacked = torch.stack(hidden, dim=1)  # (1 or 2, B, N, D)
     return ids, stacked[0], stacked[1] if len(stacked) == 2 else None

@@ -88,6 +88,11 @@ class SamplerSettings:
     def guidance_of_residual(self) -> float:
         return self.guidance if self.residual_guidance is None else self.residual_guidance
 
+    @property
+    def guides_residual(self) -> bool:
+        """Whether the residual head reads hidden states without the caption, too."""
+        return self.residual_refinement and self.guidance_of_residual > 0
+
 
 def guidance_at(progress: Tensor, settings: SamplerSettings) -> Tensor:
     """Weight s of c + s * (c - u) at each `progress` = step / steps in [0, 1)."""
@@ -159,8 +164,7 @@ def make_plan(masked: Tensor, settings: SamplerSettings) -> Plan:
     done = ((index + 1) / steps).clamp(max=1)  # (T, B)
     is_last = (index + 1 == steps).tolist()
     guidance = guidance_at((index / steps).clamp(max=1), settings)
-    has_residual = settings.residual_refinement and settings.guidance_of_residual > 0
-    needs_last = has_residual and settings.residual_condition == "last_step"
+    needs_last = settings.guides_residual and settings.residual_condition == "last_step"
     softness = 0.5 + 0.8 * (1 - done) if settings.softmax_annealing else torch.ones_like(done)
     left = masked_after(done, tokens, settings.schedule).masked_fill(done >= 1, _NOTHING)
     return Plan(

@@ -186,6 +186,22 @@ def test_a_file_that_can_no_longer_be_read_is_named(shards):
         index.close()
 
 
+def test_caption_shards_that_can_no_longer_be_read_are_named(shards, tmp_path):
+    """As pictures are: an error of the data, upon which a training saves a checkpoint."""
+    shutil.copytree(shards, tmp_path / "long")
+    data = ShardSet(shards / "s*.tar", captions=tmp_path / "long")
+    key = data.read(1, 0)["__key__"]
+    data.captions(1, key)
+    url = str(tmp_path / "long" / "s1-000000.tar")
+    index = data.shards.get(url, None)
+    assert index is not None
+    os.close(index._file.fileno())
+    with pytest.raises(DataError, match=r"long/s1-000000.tar cannot be read: .*Bad file"):
+        data.captions(1, key)
+    with pytest.raises(OSError, match="Bad file"):
+        index.close()
+
+
 def test_the_shards_that_were_read_last_stay_open(shards):
     data = ShardSet(shards / "s*.tar")
     data.keep_open(2)

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from dcar.errors import CheckpointError
+from dcar.errors import CheckpointError, DataError
 from experiments.components import build
 from experiments.config import ConfigError
 
@@ -24,11 +24,16 @@ def test_an_argument_the_class_does_not_have_names_node_and_reason() -> None:
         build(config.part)
 
 
-def test_a_checkpoint_that_cannot_be_used_stays_that() -> None:
+@pytest.mark.parametrize("kind", [CheckpointError, DataError, PermissionError])
+def test_what_is_wrong_with_weights_or_data_stays_that(kind: type[Exception], monkeypatch) -> None:
+    def refuse() -> None:
+        raise kind("of another kind")
+
+    monkeypatch.setitem(globals(), "refuse", refuse)
     raised = {"_target_": "tests.experiments.test_components.refuse"}
-    with pytest.raises(CheckpointError, match="of another kind"):
+    with pytest.raises(kind, match="of another kind"):
         build(OmegaConf.create(raised))
 
 
 def refuse() -> None:
-    raise CheckpointError("of another kind")
+    """Stands for a class that reads files when it is built."""

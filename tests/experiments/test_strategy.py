@@ -11,6 +11,7 @@ from dcar.lit.sharding import ShardedStrategy
 from experiments.config import ConfigError, load_config
 from experiments.strategy import (
     device_count,
+    make_trainer,
     resolve_accelerator,
     resolve_strategy,
     syncs_batchnorm,
@@ -27,6 +28,16 @@ def settings(**changes: Any) -> dict[str, Any]:
         "sync_batchnorm": "auto",
         "timeout_minutes": 2,
     } | changes
+
+
+def test_fp16_on_a_cpu_is_fp16_in_every_trainer() -> None:
+    """Lightning alone would take bf16 and say so in a warning."""
+    given = settings(precision="16-mixed") | {"sync_batchnorm": False}
+    given.pop("timeout_minutes")
+    trainer = make_trainer(given, logger=False)
+    with trainer.precision_plugin.forward_context():
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+    assert make_trainer(given | {"precision": "32-true"}, logger=False).precision == "32-true"
 
 
 @pytest.mark.parametrize(

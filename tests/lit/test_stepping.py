@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from dcar.errors import NonFiniteError
 from dcar.lit.stepping import parameter_groups
 from tests.lit.nonfinite_run import Poison, Watch, precise_trainer, toy_module
-from tests.toys import ToyData, toy_stage, toy_trainer, weights
+from tests.toys import ToyData, toy_masked_generator, toy_stage, toy_trainer, weights
 
 
 def test_decay_falls_on_matrices_alone_and_every_parameter_has_one_group() -> None:
@@ -227,3 +227,42 @@ def test_a_step_at_the_end_of_an_epoch_takes_the_mean_of_the_batches_it_has() ->
         modules.append(module)
     for name, tensor in modules[0].state_dict().items():
         torch.testing.assert_close(modules[1].state_dict()[name], tensor, msg=name)
+
+
+class Gradients(Callback):
+    """Of the residual head, as the step has them, and from a backward pass outside autocast."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            (part,) = pl_module.losses(batch, batch_idx)
+        part.loss.backward()
+        self.expected = self.of_head(pl_module)
+        pl_module.zero_grad(set_to_none=True)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.found = self.of_head(pl_module)
+
+    def of_head(self, pl_module: Any) -> list[torch.Tensor]:
+        return [p.grad.clone() for p in pl_module.generator.residual_head.parameters()]
+
+
+def test_what_is_computed_in_fp32_has_its_gradients_computed_in_fp32() -> None:
+    """The residual head is kept out of autocast, in its backward pass too."""
+    gradients = Gradients()
+    trainer = toy_trainer(1, precision="bf16-mixed", callbacks=[gradients])
+    trainer.fit(toy_masked_generator(gradient_clip=None), datamodule=ToyData())
+    assert any(found.abs().max() > 0 for found in gradients.found)
+    for found, expected in zip(gradients.found, gradients.expected, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_window_of_batches_keeps_no_pictures_beside_their_tokens() -> None:
+    module = toy_masked_generator(accumulate=2)
+    kept: list[set[str]] = []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            kept.extend(set(part.batch) for part in pl_module.window)
+
+    toy_trainer(1, callbacks=[Look()]).fit(module, datamodule=ToyData())
+    assert kept == [{"key", "caption", "ids", "residual"}] * 2
