@@ -143,17 +143,6 @@ def test_linear_guidance_runs_its_first_step_without_the_unconditional_half() ->
     assert torch.equal(*first)
 
 
-def test_no_pass_is_spent_on_a_residual_that_is_not_drawn() -> None:
-    generator, passes = build(), []
-    generator.transformer.blocks[0].register_forward_hook(lambda *_: passes.append(1))
-    options = replace(OFFICIAL, steps=3, residual_condition="extra_forward")
-    draw(generator, settings=options)
-    assert len(passes) == 4
-    passes.clear()
-    draw(generator, settings=replace(options, residual_refinement=False))
-    assert len(passes) == 3
-
-
 @pytest.mark.parametrize("condition", ["last_step", "extra_forward"])
 def test_the_residual_is_guided_from_the_null_caption_to_the_prompt(condition: str) -> None:
     generator, (text, text_mask) = build(), captions(3)

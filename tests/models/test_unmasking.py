@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from dcar.models.sampler import sample
 from dcar.models.transformer import TransformerOutput
 from dcar.models.unmasking import (
     SamplerSettings,
@@ -14,6 +15,7 @@ from dcar.models.unmasking import (
     select_masked,
     unmask_step,
 )
+from tests.toys import toy_model
 
 
 @pytest.mark.parametrize(
@@ -172,3 +174,15 @@ def test_noise_on_the_confidence_is_gumbel_s_at_the_step_s_temperature() -> None
     softness, temperature = 0.5 + 0.8 * 0.5, 1.4 * 0.5  # half of the steps are left
     order = logits[0, :, 0] / softness + temperature * gumbel(uniform[0, 1])
     assert fixed == (order > order.sort().values[31]).tolist()
+
+
+@pytest.mark.parametrize(("refinement", "passes"), [(True, 4), (False, 3)])
+def test_no_pass_is_spent_on_a_residual_that_is_not_drawn(refinement: bool, passes: int) -> None:
+    model, taken = toy_model(), []
+    model.generator.transformer.blocks[0].register_forward_hook(lambda *_: taken.append(1))
+    settings = SamplerSettings(
+        steps=3, residual_condition="extra_forward", residual_refinement=refinement
+    )
+    text, mask = model.text_encoder(["a cat"])
+    sample(model.generator, text, mask, grid=(4, 4), seeds=[0], settings=settings)
+    assert len(taken) == passes

@@ -1,4 +1,4 @@
-"""Fine-tuning of a tokenizer by command: its decoder, or all of it with a generator after it."""
+"""Tokenizers fine-tuned by command, and a generator that is moved to the tokens of another one."""
 
 import json
 import shutil
