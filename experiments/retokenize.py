@@ -16,7 +16,7 @@ from dcar.models.checkpoints import load_model, load_tokenizer, save_model
 from dcar.models.code_matching import match_codes, match_generator
 from dcar.models.tokenizer import HybridTokenizer
 from experiments.components import build
-from experiments.config import at_least
+from experiments.config import at_least, check_local
 from experiments.fine_tune import find_base, tokenizer_checkpoint, tokenizer_config
 from experiments.lineage import find
 from experiments.run import RunOptions
@@ -29,6 +29,7 @@ def retokenize(config: DictConfig, options: RunOptions) -> None:
     Raises CheckpointError where that tokenizer makes other codes or channels than the base's.
     """
     at_least(config, 1, "images", "batch_size")
+    check_local(config.out, is_folder=True)
     base_path = find(config.init_from, config.outputs, models_first=True)
     base = find_base(config.init_from, config.outputs)
     tokenizer, about, path = open_tokenizer(config)
@@ -77,11 +78,11 @@ def check_fit(tokenizer: HybridTokenizer, old: HybridTokenizer, config: DictConf
             )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def both_tokens(
     old: HybridTokenizer, new: HybridTokenizer, config: DictConfig, options: RunOptions
 ) -> tuple[Tensor, Tensor, float]:
-    """Ids (B, H, W) of `images` training pictures by both, and the new residuals' deviation."""
+    """Ids (B, H, W) of `images` training pictures by both, and the size of new residuals (RMS)."""
     device = chosen_device(config.device)
     for tokenizer in (old, new):
         tokenizer.to(device).eval()
