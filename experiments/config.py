@@ -1,6 +1,5 @@
 """Composes an experiment's configuration with Hydra, and says in one line what is wrong with it."""
 
-import difflib
 import inspect
 import os
 import re
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dcar.data.storage import is_remote
+from experiments.names import find_checkpoint, nearest
 
 CONFIGS = Path(__file__).parent / "configs"
 EXPERIMENTS = CONFIGS / "experiment"
@@ -40,41 +40,6 @@ WHEN_GIVEN = {
 
 class ConfigError(ValueError):
     """The experiment, a key or a value is wrong: one line that names it and what is near."""
-
-
-def places(reference: str, outputs: str, *, models_first: bool = False) -> list[Path]:
-    """Checkpoints and configs of model folders that a name may mean, in the order of looking.
-
-    It is the folder of a run or a model, a shipped model's name, or an experiment's.
-    """
-
-    def within(run: Path) -> list[Path]:
-        checkpoints = [run / "checkpoints" / "last.ckpt"]
-        models = [run / "config.json", run / "model" / "config.json"]
-        return [*models, *checkpoints] if models_first else [*checkpoints, *models]
-
-    shipped = REPOSITORY / "dcar/weights" / reference / "config.json"
-    named = [*within(Path(reference)), shipped, *within(Path(outputs) / reference)]
-    return list(dict.fromkeys(named))  # of an absolute path they are the same
-
-
-def found(place: Path) -> Path:
-    """What is meant by one of `places`: the checkpoint, or the model folder of a config."""
-    return place.parent if place.name == "config.json" else place
-
-
-def find_checkpoint(reference: str | None, outputs: str) -> str | None:
-    """A checkpoint, or what is there under one of its `places`.
-
-    Where nothing is: the path of the checkpoint that the experiment will write.
-    """
-    if reference is None or Path(reference).is_file():
-        return reference
-    for place in places(reference, outputs):
-        if place.is_file():
-            return str(found(place))
-    run = Path(reference) if Path(reference).is_dir() else Path(outputs) / reference
-    return str(run / "checkpoints" / "last.ckpt")
 
 
 def quick_dtype() -> str:
@@ -142,12 +107,6 @@ def first_comment(name: str) -> str:
     lines = (EXPERIMENTS / f"{name}.yaml").read_text().splitlines()
     comments = [line[1:].strip() for line in lines if line.startswith("#")]
     return next(comment for comment in comments if not comment.startswith("@package"))
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'X'?` with the closest of `known`, or nothing where none is close."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 from dcar.lit.lineage import model_lineage
 from dcar.models.checkpoints import save_model
 from experiments.config import ConfigError
+from experiments.names import find
 from experiments.run import RunOptions
-from experiments.sample import find_folder, find_model
+from experiments.sample import find_model
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,8 +26,7 @@ def export(config: DictConfig, options: RunOptions) -> None:
         given = f"precision={config.precision}"
         raise ConfigError(f"{given} must be one of {', '.join(PRECISIONS)}")
     model = find_model(config.ckpt, config.outputs)
-    source = Path(config.ckpt)
-    source = source if source.is_file() else find_folder(config.ckpt, config.outputs)
+    source = find(config.ckpt, config.outputs, key="ckpt")
     if options.dry_run:
         return
     try:

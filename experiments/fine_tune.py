@@ -21,8 +21,8 @@ from dcar.models.checkpoints import (
 from dcar.models.fingerprint import tokenizer_fingerprint
 from dcar.models.lora import Adapter, import_peft
 from dcar.models.tokenizer import HybridTokenizer
-from experiments.config import ConfigError, find_checkpoint
-from experiments.lineage import find
+from experiments.config import ConfigError
+from experiments.names import find, find_checkpoint
 from experiments.run import RunOptions
 from experiments.sample import find_model
 from experiments.train import train
@@ -31,10 +31,7 @@ BASE_PARTS = ("tokenizer", "generator", "text_encoder", "sampler")
 
 
 def find_base(reference: str, outputs: str, checkpoint_activations: bool = False) -> Model:
-    """A model folder, a run's folder, a generator's checkpoint, or an experiment's name."""
-    named = Path(outputs) / reference
-    if not (named / "model").is_dir() and (named / "checkpoints" / "last.ckpt").is_file():
-        reference = str(find_checkpoint(reference, outputs))
+    """What `find_model` takes; its weights are trained, so memory is saved as the run asks."""
     model = find_model(reference, outputs, key="init_from")
     switch_checkpointing(model.generator, checkpoint_activations)
     return model
@@ -104,7 +101,7 @@ def start_from_base(config: DictConfig) -> Path:
     take_from(config, base.config, BASE_PARTS)
     key = "generator.transformer.checkpoint_activations"  # of the run; the base may lack it
     OmegaConf.update(config, key, config.checkpoint_activations, force_add=True)
-    path = find(config.init_from, config.outputs, models_first=True)
+    path = find(config.init_from, config.outputs, key="init_from")
     saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
     config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
     config.init_from = str(path)

@@ -7,9 +7,8 @@ from typing import Any, cast
 from lightning import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 
-from dcar.errors import CheckpointError
 from dcar.lit.lineage import Link, Record, chain, run_lineage
-from experiments.config import found, places
+from experiments.names import find
 from experiments.run import RunOptions
 
 SHORT = 12  # digits of a digest
@@ -19,23 +18,6 @@ HOW = {
     "init_from": "started with the weights of",
     "exported": "made of",
 }
-
-
-def find(reference: str, outputs: str, *, models_first: bool = False) -> Path:
-    """A checkpoint, or what is there under one of its `places`.
-
-    Raises CheckpointError naming where it was looked for.
-    """
-    path = Path(reference)
-    if path.is_file():
-        return path
-    possible = places(reference, outputs, models_first=models_first)
-    for place in possible:
-        if place.is_file():
-            return found(place)
-    raise CheckpointError(
-        f"{reference} is no checkpoint, and there is no " + " or ".join(map(str, possible))
-    )
 
 
 def lineage_of(
@@ -54,7 +36,7 @@ def lineage_of(
     module = plain["module"]
     init_from = module.get("init_from")
     if "init_from" not in module and plain.get("init_from") and not resumed:
-        init_from = find(plain["init_from"], plain["outputs"], models_first=True)
+        init_from = find(plain["init_from"], plain["outputs"], key="init_from")
     tokenizer_from = module.get("tokenizer_from")
     return run_lineage(
         plain,
@@ -142,7 +124,7 @@ def describe(links: list[Link]) -> Iterator[str]:
 
 def lineage(config: DictConfig, options: RunOptions) -> list[Link]:
     """Print the chain, from the given checkpoint back. Raises CheckpointError for none."""
-    links = chain(find(str(config.ckpt), str(config.outputs)))
+    links = chain(find(str(config.ckpt), str(config.outputs), key="ckpt", models_first=False))
     for line in describe(links):
         print(line)
     return links

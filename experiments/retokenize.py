@@ -12,15 +12,15 @@ from torch import Tensor
 
 from dcar.errors import CheckpointError, DataError
 from dcar.lit.lineage import run_lineage, utc_now
-from dcar.models.checkpoints import load_model, load_tokenizer, save_model
+from dcar.models.checkpoints import load_tokenizer, save_model
 from dcar.models.code_matching import match_codes, match_generator
 from dcar.models.tokenizer import HybridTokenizer
 from experiments.components import build
 from experiments.config import at_least, check_local
 from experiments.fine_tune import find_base, tokenizer_checkpoint, tokenizer_config
-from experiments.lineage import find
+from experiments.names import find
 from experiments.run import RunOptions
-from experiments.sample import chosen_device, find_folder
+from experiments.sample import chosen_device, find_model
 
 
 def retokenize(config: DictConfig, options: RunOptions) -> None:
@@ -30,7 +30,7 @@ def retokenize(config: DictConfig, options: RunOptions) -> None:
     """
     at_least(config, 1, "images", "batch_size")
     check_local(config.out, is_folder=True)
-    base_path = find(config.init_from, config.outputs, models_first=True)
+    base_path = find(config.init_from, config.outputs, key="init_from")
     base = find_base(config.init_from, config.outputs)
     tokenizer, about, path = open_tokenizer(config)
     check_fit(tokenizer, base.tokenizer, config)
@@ -64,9 +64,9 @@ def open_tokenizer(config: DictConfig) -> tuple[HybridTokenizer, dict[str, Any],
     path = tokenizer_checkpoint(config.tokenizer_from, config.outputs)
     if path is not None:
         return load_tokenizer(path)[0], tokenizer_config(path)["tokenizer"], path
-    folder = find_folder(config.tokenizer_from, config.outputs, key="tokenizer_from")
-    model = load_model(folder)
-    return model.tokenizer, model.config["tokenizer"], folder
+    path = find(config.tokenizer_from, config.outputs, key="tokenizer_from")
+    model = find_model(str(path), config.outputs)
+    return model.tokenizer, model.config["tokenizer"], path
 
 
 def check_fit(tokenizer: HybridTokenizer, old: HybridTokenizer, config: DictConfig) -> None:

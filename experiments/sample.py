@@ -19,10 +19,10 @@ from dcar.models.checkpoints import (
     load_strictly,
     load_tokenizer,
     read_checkpoint,
-    shipped_models,
 )
 from dcar.pipeline import DCARPipeline
-from experiments.config import ConfigError, at_least, check_writable, nearest, places
+from experiments.config import ConfigError, at_least, check_writable
+from experiments.names import find
 from experiments.run import RunOptions
 
 
@@ -49,41 +49,13 @@ def read_prompts(prompt: Any) -> list[str]:
     return [prompt]
 
 
-def find_folder(reference: str, outputs: str, *, key: str = "ckpt") -> Path:
-    """A model folder, a run's folder, the name of a shipped model, or an experiment's name."""
-    configs = [p for p in places(reference, outputs) if p.name == "config.json"]
-    for config in configs:
-        if config.is_file():
-            return config.parent
-    if within := models_within(Path(reference)):
-        raise CheckpointError(
-            f"{key}={reference} is no model itself; there are {', '.join(map(str, within))} in it"
-        )
-    raise CheckpointError(
-        f"{key}={reference} is no checkpoint, no model that comes with the package "
-        f"({', '.join(shipped_models())}){nearest(reference, shipped_models())}, and no "
-        f"config.json lies in {' or '.join(str(config.parent) for config in configs)}"
-    )
-
-
-def models_within(folder: Path) -> list[Path]:
-    """What can be drawn from in the folders of a recipe: models, and generators being trained."""
-    models = [config.parent for config in folder.glob("*/model/config.json")]
-    unfinished = [
-        path
-        for path in folder.glob("*/checkpoints/last.ckpt")
-        if path.parents[1] / "model" not in models
-        and read_checkpoint(path, mapped=True)["dcar"]["module"] == "MaskedARGenerator"
-    ]
-    return sorted(models + unfinished)
-
-
 def find_model(reference: str, outputs: str, *, key: str = "ckpt") -> Model:
-    """What `find_folder` takes, or a Lightning checkpoint. key: the setting, for its errors."""
-    path = Path(reference)
-    if path.is_file():
-        return model_of_checkpoint(path)
-    return load_model(find_folder(reference, outputs, key=key))
+    """A model folder, a run's folder, a generator's checkpoint, or the name of a model.
+
+    key: the setting that names it. Raises CheckpointError for what cannot be read or drawn from.
+    """
+    path = find(reference, outputs, key=key)
+    return load_model(path) if path.is_dir() else model_of_checkpoint(path)
 
 
 def model_of_checkpoint(path: Path) -> Model:

@@ -9,7 +9,6 @@ from experiments.config import (
     CONFIGS,
     ConfigError,
     experiment_names,
-    find_checkpoint,
     first_comment,
     load_config,
 )
@@ -168,35 +167,6 @@ def test_an_unreadable_file_is_an_error_of_its_own(monkeypatch, tmp_path) -> Non
 def test_swapping_a_component_leaves_no_key_of_the_old_one() -> None:
     config = load_config("tokenizer/stage2", ["tokenizer/quantizer=simvq", "data_root=x"])
     assert set(config.tokenizer.quantizer) == {"_target_", "num_codes", "dim"}
-
-
-def test_a_checkpoint_is_found_by_path_and_by_experiment(tmp_path) -> None:
-    path = tmp_path / "a.ckpt"
-    path.touch()
-    assert find_checkpoint(str(path), "outputs") == str(path)
-    assert find_checkpoint("smoke/stage1", "out") == "out/smoke/stage1/checkpoints/last.ckpt"
-    assert find_checkpoint(None, "outputs") is None
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    assert find_checkpoint("run", str(tmp_path)) == str(last)  # to be written
-    last.parent.mkdir(parents=True)
-    assert find_checkpoint(str(tmp_path / "run"), "outputs") == str(last)  # its folder, empty
-    last.touch()
-    for reference, outputs in (("run", str(tmp_path)), (str(tmp_path / "run"), "outputs")):
-        assert find_checkpoint(reference, outputs) == str(last)
-
-
-def test_a_model_folder_is_found_by_path_and_by_a_shipped_model_s_name(tmp_path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    assert find_checkpoint(str(folder), "outputs") == str(folder)
-    shipped = str(CONFIGS.parents[1] / "dcar/weights/mini")
-    assert find_checkpoint("mini", str(tmp_path)) == shipped
-    trained = tmp_path / "mini" / "model"  # what the recipe of that name leaves
-    trained.mkdir(parents=True)
-    (trained / "config.json").write_text("{}")
-    assert find_checkpoint("mini", str(tmp_path)) == shipped
-    assert find_checkpoint(str(trained.parent), "outputs") == str(trained)
 
 
 def test_validation_comes_every_so_many_steps_whatever_is_accumulated() -> None:

@@ -20,11 +20,9 @@ from dcar.errors import CheckpointError
 from dcar.models.checkpoints import Model, load_model, load_tokenizer, save_model
 from dcar.models.draws import Draws
 from dcar.models.fingerprint import fingerprint
-from dcar.models.weights_io import SHIPPED
 from experiments.components import build
 from experiments.config import load_config
 from experiments.fine_tune import find_base, start_from_base
-from experiments.lineage import find
 from experiments.run import RunOptions, main
 from experiments.train import build_trainer
 from tests.toys import (
@@ -316,7 +314,3 @@ def test_one_run_trains_on_grids_of_several_shapes(tmp_path: Path) -> None:
     assert "val/gfid_mobilenetv2" in trainer.callback_metrics
     events = EventAccumulator(str(Path(config.output_dir) / "tensorboard")).Reload()
     assert len(events.Images("val/samples")) == 2
-
-
-def test_a_shipped_model_is_found_by_its_name_for_the_lineage_too(tmp_path: Path) -> None:
-    assert find("mini", str(tmp_path), models_first=True) == SHIPPED / "mini"

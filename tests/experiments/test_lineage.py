@@ -11,12 +11,11 @@ import torch
 from lightning import LightningDataModule
 from omegaconf import OmegaConf
 
-from dcar.errors import CheckpointError
 from dcar.lit.checkpoint_io import save_durably
 from dcar.lit.lineage import chain, digest_of_files, model_lineage
 from experiments.components import build
 from experiments.config import load_config
-from experiments.lineage import describe, find, lineage_of
+from experiments.lineage import describe, lineage_of
 from experiments.run import main
 
 
@@ -135,25 +134,8 @@ def test_a_fine_tuning_descends_from_the_model_that_its_experiment_names(tmp_pat
     assert lineage_of(config, resumed=last, **settings)["parent"]["path"] == str(last)
 
 
-def test_what_is_not_there_is_an_error_that_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nothing is no checkpoint.*last\.ckpt or"):
-        find("nothing", str(tmp_path))
+def test_what_is_not_there_ends_as_a_wrong_setting(tmp_path: Path) -> None:
     assert main(["--exp=lineage", "ckpt=nothing", f"outputs={tmp_path}"]) == 2
-
-
-@pytest.mark.parametrize("models_first", [False, True])
-def test_a_run_s_folder_gives_its_checkpoint_or_its_model(
-    models_first: bool, tmp_path: Path
-) -> None:
-    last = save(checkpoint_of(tmp_path, "run"), None, 1)
-    (tmp_path / "run" / "model").mkdir()
-    (tmp_path / "run" / "model" / "config.json").write_text("{}")
-    wanted = tmp_path / "run" / "model" if models_first else last
-    for reference in ("run", str(tmp_path / "run")):
-        assert find(reference, str(tmp_path), models_first=models_first) == wanted
-    assert find(str(last), str(tmp_path), models_first=models_first) == last
-    folder = tmp_path / "run" / "model"
-    assert find(str(folder), str(tmp_path), models_first=models_first) == folder
 
 
 def test_a_model_folder_is_printed_with_the_checkpoint_it_was_made_of(

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from dcar.errors import CheckpointError
-from dcar.models.checkpoints import model_folder, save_model
+from dcar.models.checkpoints import save_model
 from experiments.config import ConfigError, load_config
 from experiments.run import main
-from experiments.sample import find_folder, find_model, output_paths, read_prompts
+from experiments.sample import find_model, output_paths, read_prompts
 from tests.toys import SIZE, ToyData, toy_masked_generator, toy_model, toy_stage, toy_trainer
 
 
@@ -158,12 +158,6 @@ def test_an_experiment_s_name_finds_its_model(folder: Path) -> None:
     assert find_model(folder.name, str(folder.parent)).size == SIZE
     with pytest.raises(CheckpointError, match="ckpt=elsewhere"):
         find_model("elsewhere", str(folder.parent))
-
-
-def test_a_shipped_model_s_name_is_that_model_whatever_was_trained_since(tmp_path: Path) -> None:
-    save_model(toy_model(), tmp_path / "mini" / "model")
-    assert find_folder("mini", str(tmp_path)) == model_folder("mini")
-    assert find_folder(str(tmp_path / "mini"), str(tmp_path)) == tmp_path / "mini" / "model"
 
 
 def test_several_images_are_numbered_beside_the_grid() -> None:
