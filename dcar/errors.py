@@ -3,7 +3,9 @@
 Apart from the parts that raise it, so that whoever catches it does not import torch or Lightning.
 """
 
+import importlib
 import signal
+from typing import Any
 
 
 class DataError(RuntimeError):
@@ -43,3 +45,11 @@ class Interrupted(BaseException):
     def exit_code(self) -> int:
         """That of a process which a signal ended; 0 where the job goes on by itself."""
         return 0 if self.requeued else 128 + self.signum
+
+
+def import_extra(module: str, *, extra: str, needs: str) -> Any:
+    """An optional package. Raises MissingExtraError: `needs`, and the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"{needs}: pip install 'dcar-lightning[{extra}]'") from error

@@ -65,7 +65,6 @@ NO_SOURCE = {
 }
 # Sources that need no test of their own name, and why.
 NO_TEST = {
-    "dcar/errors.py": "classes alone; tests/experiments/test_run.py has an exit code for each",
     "dcar/data/sources/source.py": "types alone; each source's test goes through them",
     "dcar/lit/health_rules.py": "tests/lit/test_health.py has a training that is ill for each",
 }

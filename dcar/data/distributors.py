@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
-from dcar.errors import DataError, MissingExtraError
+from dcar.errors import DataError, import_extra
 
 RAY_RETRIES = 4  # of a task whose node or process died
 
@@ -173,12 +173,7 @@ class RayCluster:
     """
 
     def __init__(self, address: str | None = None):
-        try:
-            import ray
-        except ImportError as error:
-            raise MissingExtraError(
-                "distributor=ray needs Ray: pip install 'dcar-lightning[ray]'"
-            ) from error
+        ray = import_extra("ray", extra="ray", needs="distributor=ray needs Ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
         self.ray, self.address = ray, address
 

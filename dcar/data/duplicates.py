@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from dcar.errors import MissingExtraError
+from dcar.errors import import_extra
 
 BITS = 64
 MAX_DISTANCE = 8  # 165 sorts, or 495; unlike pictures begin to look alike beyond it
@@ -21,13 +21,8 @@ BY_CHANCE = 4  # hashes that may share a key by chance, on average
 
 def perceptual_hash(image: Image.Image) -> int:
     """64 bits of the signs of a picture's low frequencies: ImageHash's `phash`."""
-    try:
-        from imagehash import phash
-    except ImportError as error:
-        raise MissingExtraError(
-            "near_duplicates needs ImageHash: pip install 'dcar-lightning[data]'"
-        ) from error
-    bits = phash(image, hash_size=8).hash
+    imagehash = import_extra("imagehash", extra="data", needs="near_duplicates needs ImageHash")
+    bits = imagehash.phash(image, hash_size=8).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from dcar.data.images import MAX_PIXELS, Decoded, ImageTooLarge, covering, decode, image_size
+from dcar.data.images import MAX_PIXELS, Decoded, covering, decode, image_size
 from dcar.data.members import BadSample
-from dcar.data.samples import MAX_CAPTION_BYTES
+from dcar.data.samples import BROKEN, MAX_CAPTION_BYTES, TOO_LARGE, decoding
 from dcar.data.sources.source import Record
 
 CHECKS = ("decode", "header")
@@ -15,8 +15,6 @@ FORMATS = ("jpg", "webp")
 MAX_EDGE = 65_535  # what `sizes.npz` can hold
 MAX_WEBP_EDGE = 16_383
 
-BROKEN = "broken image"
-TOO_LARGE = "image too large"
 TOO_SMALL = "image too small"
 TOO_ELONGATED = "image too elongated"
 NO_CAPTION = "no caption"
@@ -101,12 +99,8 @@ class Filters:
     def header(self, data: bytes) -> tuple[int, int]:
         """(width, height) of a picture that may be kept, from its header. Raises BadSample."""
         image_kind(data)
-        try:
+        with decoding():
             width, height = image_size(data)
-        except ImageTooLarge as error:
-            raise BadSample(TOO_LARGE) from error
-        except Exception as error:  # a hostile file may raise anything
-            raise BadSample(BROKEN) from error
         shorter, longer = sorted((width, height))
         if width * height > self.max_pixels or longer > MAX_EDGE:
             raise BadSample(TOO_LARGE)
@@ -133,12 +127,8 @@ class Filters:
 
         Raises BadSample.
         """
-        try:
+        with decoding():
             return decode(data, cover=cover, max_pixels=self.max_pixels)
-        except ImageTooLarge as error:
-            raise BadSample(TOO_LARGE) from error
-        except Exception as error:  # a hostile file may raise anything inside a decoder
-            raise BadSample(BROKEN) from error
 
     def _resized(self, data: bytes, size: tuple[int, int]) -> Picture:
         from dcar.data.transforms import resize  # imports torch, which only resizing needs

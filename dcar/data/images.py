@@ -80,18 +80,14 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return to_rgb(image)
 
 
-def read_pixels(
-    data: bytes, *, shorter: int | None = None, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def read_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The pixels of `read_image` by the fastest decoder: uint8 (height, width, 3), contiguous.
 
-    shorter: the caller will shrink the picture to this shorter edge, so it may come at 1/2, 1/4 or
-    1/8 of its size (see `decode`). Raises what `read_image` raises. Stricter in one point: a JPEG
-    of which the decoder warns is broken. Pillow fills one that ends early with grey, and takes what
-    follows flipped bits, or stray bytes, for pixels.
+    Raises what `read_image` raises. Stricter in one point: a JPEG of which the decoder warns is
+    broken. Pillow fills one that ends early with grey, and takes what follows flipped bits, or
+    stray bytes, for pixels.
     """
-    cover = (shorter, shorter) if shorter else None
-    return decode(data, cover=cover, max_pixels=max_pixels).pixels
+    return decode(data, cover=None, max_pixels=max_pixels).pixels
 
 
 def decode(data: bytes, *, cover: tuple[int, int] | None, max_pixels: int = MAX_PIXELS) -> Decoded:

@@ -4,22 +4,22 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from dcar.data.images import ImageTooLarge, read_image
-from dcar.data.index import read_shard
+from dcar.data.images import ImageTooLarge
 from dcar.data.members import IMAGE_TYPES, BadSample, Raw
-from dcar.data.storage import expand
 
 if TYPE_CHECKING:  # imports torch, which those who only look at samples do without
     from dcar.data.transforms import ImageTransform
 
+BROKEN = "broken image"
+TOO_LARGE = "image too large"
 MAX_CAPTION_BYTES = 16 * 1024
 OWN = "own"  # the name, among captions, of the one that the shard itself holds
 
@@ -55,6 +55,17 @@ def cut_caption(caption: str, rng: random.Random) -> str:
     return ", ".join(parts[: rng.randint(1, len(parts))])
 
 
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Raises BadSample for whatever a decoder raises within it."""
+    try:
+        yield
+    except (ImageTooLarge, Image.DecompressionBombError) as error:
+        raise BadSample(TOO_LARGE) from error
+    except Exception as error:  # a hostile file may raise anything inside a decoder
+        raise BadSample(BROKEN) from error
+
+
 def decode(
     raw: Raw,
     transform: "ImageTransform",
@@ -81,12 +92,8 @@ def read_pixels(
 ) -> np.ndarray:
     """The picture as the transform prepares it, uint8 (height, width, 3)."""
     image = image_bytes(raw)
-    try:
+    with decoding():
         return transform.read(image, shape)
-    except (ImageTooLarge, Image.DecompressionBombError) as error:
-        raise BadSample("image too large") from error
-    except Exception as error:  # a hostile file may raise anything inside a decoder
-        raise BadSample("broken image") from error
 
 
 def is_whole_array(data: bytes) -> bool:
@@ -165,25 +172,3 @@ def read_caption(raw: Raw, *, required: bool) -> str:
     if len(caption.encode()) > MAX_CAPTION_BYTES:
         raise BadSample("caption too long")
     return caption.strip()
-
-
-def find(
-    urls: str | Path | Iterable[str | Path], keys: Iterable[str]
-) -> dict[str, tuple[Image.Image, str]]:
-    """Pictures (RGB, as stored) and captions of the named samples.
-
-    Raises KeyError naming the keys that no shard holds. For reports that show the real picture.
-    """
-    wanted = list(dict.fromkeys(keys))
-    found: dict[str, tuple[Image.Image, str]] = {}
-    for path in expand(urls):
-        if len(found) == len(wanted):
-            break
-        for raw in read_shard(path):
-            key = str(raw["__key__"])
-            if key in wanted and key not in found:
-                picture = read_image(image_bytes(raw))
-                found[key] = (picture, read_caption(raw, required=False))
-    if missing := [key for key in wanted if key not in found]:
-        raise KeyError(f"no sample {missing} in {urls}")
-    return {key: found[key] for key in wanted}

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dcar.data.members import MEMBER_TYPES, check_key
-from dcar.data.storage import exists, join, name_of, open_read, read_bytes, write_atomically
+from dcar.data.storage import exists, join, name_of, read_bytes, write_atomically
 from dcar.errors import DataError
 
 MANIFEST, SIZES = "manifest.json", "sizes.npz"
@@ -131,16 +131,6 @@ def write_shards(
                 writer.write(sample)
         entries.append(writer.entry)
     return entries
-
-
-def describe(url: str | Path, samples: int) -> ShardEntry:
-    """The manifest entry of a shard that is there and holds `samples` samples."""
-    size, digest = 0, hashlib.sha256()
-    with open_read(str(url)) as file:
-        while block := file.read(2**20):
-            digest.update(block)
-            size += len(block)
-    return ShardEntry(name_of(url), samples, size, digest.hexdigest())
 
 
 def write_manifest(

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from dcar.data.distributors import Tick, advance
-from dcar.data.images import MAX_PIXELS, ImageTooLarge, image_size
+from dcar.data.images import MAX_PIXELS, image_size
 from dcar.data.members import IMAGE_TYPES, BadSample, Raw
-from dcar.data.samples import image_bytes, read_caption
+from dcar.data.samples import TOO_LARGE, decoding, image_bytes, read_caption
 from dcar.data.shard_check import ShardCheck, ShardFile, holds_captions, open_tar, tar_samples
 from dcar.data.shard_set import caption_names
 from dcar.data.shards import ShardEntry, read_facts, read_manifest, read_sizes
@@ -109,7 +109,7 @@ class _Tally:
         data = image_bytes(raw)
         size = self._size(data)
         if math.prod(size) > MAX_PIXELS:
-            raise BadSample("image too large")
+            raise BadSample(TOO_LARGE)
         self.formats[_format(data, next(kind for kind in IMAGE_TYPES if kind in raw))] += 1
         self.sizes.append(size)
 
@@ -117,12 +117,8 @@ class _Tally:
         if self.known is not None and self.samples < len(self.known):
             width, height = self.known[self.samples].tolist()
             return width, height
-        try:
+        with decoding():
             return image_size(data)
-        except ImageTooLarge as error:
-            raise BadSample("image too large") from error
-        except Exception as error:  # a hostile file may raise anything inside a decoder
-            raise BadSample("broken image") from error
 
 
 def _format(data: bytes, kind: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from dcar.data.images import MAX_PIXELS, Decoded, ImageTooLarge, covering, decode, to_rgb
+from dcar.data.images import MAX_PIXELS, Decoded, ImageTooLarge, covering, decode
 
 CROPS = ("center", "random", "adm")
 
@@ -77,12 +77,6 @@ class ImageTransform:
             raise ValueError(f"crop {crop!r} is not one of {CROPS}")
         self.size, self.crop, self.flip, self.max_pixels = size, crop, flip, max_pixels
 
-    def __call__(
-        self, image: Image.Image, rng: random.Random, shape: tuple[int, int] | None = None
-    ) -> Tensor:
-        """PIL picture of any mode -> (3, height, width) float32 in [-1, 1]."""
-        return self.finish(self.prepare(image, shape), rng, shape)
-
     def read(self, data: bytes, shape: tuple[int, int] | None = None) -> np.ndarray:
         """File bytes -> what `finish` takes: uint8 (height, width, 3), the same every time.
 
@@ -92,11 +86,6 @@ class ImageTransform:
         shape = shape or (self.size, self.size)
         cover = None if self.crop == "adm" else shape
         return self._fit(decode(data, cover=cover, max_pixels=self.max_pixels), shape)
-
-    def prepare(self, image: Image.Image, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """`read` for a picture that is decoded already."""
-        pixels = np.array(image if image.mode == "RGB" else to_rgb(image))
-        return self._fit(Decoded(pixels, *pixels.shape[:2]), shape or (self.size, self.size))
 
     def _fit(self, picture: Decoded, shape: tuple[int, int]) -> np.ndarray:
         height, width = covering(picture.height, picture.width, shape)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from dcar.data.transforms import to_unit_range
 from dcar.evaluation.fid import FrechetDistances
-from dcar.evaluation.pictures import from_uint8, to_uint8
+from dcar.evaluation.pictures import to_uint8
 from dcar.models.features import fid_features
 from dcar.models.perceptual import LPIPS
 from dcar.models.precision import without_autocast
@@ -112,7 +113,7 @@ class ReconstructionMetrics(nn.Module):
 
     def _update_path(self, path: str, real: Tensor, decoded: Tensor) -> None:
         for name, metric in self.pairwise[path].items():
-            ours = from_uint8 if name == "lpips" else Tensor.float
+            ours = to_unit_range if name == "lpips" else Tensor.float
             metric.update(ours(decoded), ours(real))
         if self.distances is not None:
             self.distances.update_fake(path, decoded)

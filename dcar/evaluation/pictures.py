@@ -17,11 +17,6 @@ def to_uint8(image: Tensor) -> Tensor:
     return (image.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def from_uint8(image: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return image.float() / 127.5 - 1
-
-
 def tile(columns: Sequence[Tensor]) -> Tensor:
     """Columns of (B, 3, S, S), side by side with one row an image -> (3, B*S, K*S)."""
     return rearrange(list(columns), "k b c h w -> c (b h) (k w)")

@@ -8,9 +8,9 @@ from typing import Any
 from lightning import LightningModule
 from PIL import Image
 
-from dcar.data.images import ImageTooLarge, read_image
-from dcar.data.members import BadSample, Raw
-from dcar.data.samples import image_bytes
+from dcar.data.images import read_image
+from dcar.data.members import Raw
+from dcar.data.samples import decoding, image_bytes
 from dcar.models.captioner import Captioner, Prompt
 
 NO_CAPTION = "empty caption"
@@ -29,12 +29,8 @@ class PictureDecoder:
 
     def __call__(self, raw: Raw) -> dict[str, Any]:
         data = image_bytes(raw)
-        try:
+        with decoding():
             picture = read_image(data)
-        except (ImageTooLarge, Image.DecompressionBombError) as error:
-            raise BadSample("image too large") from error
-        except Exception as error:  # a hostile file may raise anything inside a decoder
-            raise BadSample("broken image") from error
         picture.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
         return {"key": str(raw["__key__"]), "picture": picture}
 

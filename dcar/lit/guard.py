@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dcar.models.distributed import is_distributed
+
 POLICIES = ("raise", "skip", "rollback")
 SMALLEST_SCALE = 1.0  # below it gradients do not overflow because they were scaled
 
@@ -58,7 +60,7 @@ def check_over_ranks(losses: Tensor, norms: Tensor, scale: Tensor | None = None)
     """
     own = torch.stack([losses.isfinite().all(), norms.isfinite().all()]).float()
     flags = own.clone()
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         dist.all_reduce(flags, op=dist.ReduceOp.MIN)
     # the one wait for the device in a step
     facts = torch.cat([flags, own, *([] if scale is None else [scale.view(1)])]).tolist()
@@ -69,7 +71,7 @@ def check_over_ranks(losses: Tensor, norms: Tensor, scale: Tensor | None = None)
 
 def gather_over_ranks(value: Any) -> list[Any]:
     """`value` of each rank, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -5,6 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of `value` over all ranks, detached; `value` itself, detached, in one process.
 
@@ -12,7 +17,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     gradients equal to the gradient of the global sum over the global normaliser.
     """
     value = value.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed() or dist.get_world_size() == 1:
         return value
     total = value.to(torch.float32, copy=True)
     dist.all_reduce(total)
@@ -21,6 +26,6 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 def first_rank_value(value: Tensor) -> Tensor:
     """`value` of the first rank, in place on the others; `value` itself in one process."""
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         dist.broadcast(value, src=0)
     return value

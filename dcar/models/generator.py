@@ -127,7 +127,7 @@ class HybridGenerator(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The term of the loss, over `masked` tokens, and what this batch's own tokens give."""
         unmasked_weight = self.unmasked_weight if self.training else 0.0
-        total, _ = masked_token_loss(
+        total = masked_token_loss(
             logits,
             ids,
             mask,

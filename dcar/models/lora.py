@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dcar.errors import CheckpointError, MissingExtraError
+from dcar.errors import CheckpointError, import_extra
 from dcar.models.checkpoints import Model, is_saved, load_strictly
 from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
 from dcar.models.weights_io import save_tensors
@@ -33,12 +33,8 @@ DIGITS = 12  # of a fingerprint, in messages
 
 
 def import_peft() -> Any:
-    """Raises ImportError that names the extra."""
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingExtraError("LoRA needs peft: pip install 'dcar-lightning[lora]'") from error
-    return peft
+    """Raises MissingExtraError that names the extra."""
+    return import_extra("peft", extra="lora", needs="LoRA needs peft")
 
 
 @dataclass(frozen=True)

@@ -135,14 +135,13 @@ def masked_token_loss(
     *,
     label_smoothing: float = 0.1,
     unmasked_weight: float = 0.1,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Cross-entropy over all tokens; visible ones count `unmasked_weight` (docs/method.md).
 
     logits (B, N, K), ids (B, N), mask (B, N) True where the token was hidden. Returns the weighted
-    sum and the sum of weights, fp32 scalars: their ratio over all ranks and micro-batches is the
-    loss of the whole batch.
+    sum, an fp32 scalar, which the caller divides by the weights of the whole batch.
     """
     with without_autocast(logits):
         loss = CrossEntropy.apply(logits.flatten(0, 1), ids.flatten(), label_smoothing)  # (B*N,)
         weights = torch.where(mask, 1.0, unmasked_weight).flatten()
-        return (loss * weights).sum(), weights.sum()
+        return (loss * weights).sum()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dcar.models.distributed import is_distributed
 from dcar.models.kmeans import nearest_codes
 from dcar.models.precision import without_autocast
 
@@ -74,14 +75,14 @@ def entropy_penalty(vectors: Tensor, codes: Tensor) -> Tensor:
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         dist.all_reduce(counts)
     return counts
 
 
-def gather_over_ranks(vectors: Tensor, batch: int) -> Tensor:
+def global_batch(vectors: Tensor, batch: int) -> Tensor:
     """Vectors of the global batch as one process would see them: image i is on rank i % world."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return vectors
     gathered = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, vectors.contiguous())
@@ -200,7 +201,7 @@ class VectorQuantizer(Quantizer):
         ids = torch.cat([seen.ids for seen in self.seen])
         counts = sum_over_ranks(count_codes(ids, self.num_codes)).float()
         self.usage_mean.lerp_(counts / counts.sum(), 1 - self.revival_decay)
-        self._revive(torch.cat([gather_over_ranks(s.vectors, s.batch) for s in self.seen]))
+        self._revive(torch.cat([global_batch(s.vectors, s.batch) for s in self.seen]))
         self.forget_batches()
 
     def forget_batches(self) -> None:

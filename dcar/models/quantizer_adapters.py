@@ -9,20 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcar.errors import MissingExtraError
+from dcar.errors import import_extra
 from dcar.models.precision import without_autocast
 from dcar.models.quantizer import Quantized, Quantizer, straight_through
 
 
 def import_package() -> Any:
-    try:
-        import vector_quantize_pytorch
-    except ImportError as error:
-        raise MissingExtraError(
-            "this quantizer comes from the vector-quantize-pytorch package: "
-            'pip install "dcar-lightning[vq]"'
-        ) from error
-    return vector_quantize_pytorch
+    needs = "this quantizer comes from the vector-quantize-pytorch package"
+    return import_extra("vector_quantize_pytorch", extra="vq", needs=needs)
 
 
 class AdaptedQuantizer(Quantizer):

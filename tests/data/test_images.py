@@ -315,12 +315,6 @@ def test_a_reduced_jpeg_shrinks_to_what_the_whole_one_does(size):
     assert psnr(whole, resize(reduced, wanted)) > 44
 
 
-def test_the_shorter_edge_stands_for_a_square():
-    data = encoded(waves(640, 480), "JPEG")
-    assert read_pixels(data, shorter=100).shape == (240, 320, 3)
-    assert read_pixels(data).shape == (480, 640, 3)
-
-
 def test_too_large_is_too_large_even_when_it_would_be_reduced():
     with pytest.raises(ImageTooLarge, match="9000 x 9000"):
         decode(png(9000, 9000, bits=8, colour=0, rows=b""), cover=(8, 8))

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from dcar.data.members import BadSample
-from dcar.data.samples import Sample, decode, find, read_caption
-from dcar.data.shards import write_shards
+from dcar.data.samples import Sample, decode, read_caption
 from dcar.data.transforms import ImageTransform
 
 TRANSFORM = ImageTransform(8, max_pixels=1000)
@@ -83,20 +82,6 @@ def test_the_caption_may_be_in_the_json():
 
 def test_pictures_without_words_are_fine_where_none_are_needed():
     assert decode({"__key__": "k", "png": picture()}, TRANSFORM, captioned=False).caption == ""
-
-
-def test_find_brings_the_picture_and_caption_of_each_key(tmp_path):
-    rows = [
-        {"__key__": f"s/{colour}", "png": picture(5, colour), "txt": colour.encode()}
-        for colour in ("red", "lime", "blue")
-    ]
-    write_shards(rows, tmp_path, "x", 2)
-    found = find(tmp_path / "x-*.tar", ["s/blue", "s/red"])
-    assert list(found) == ["s/blue", "s/red"]
-    image, caption = found["s/blue"]
-    assert (image.size, image.getpixel((0, 0)), caption) == ((5, 5), (0, 0, 255), "blue")
-    with pytest.raises(KeyError, match="s/none"):
-        find(tmp_path / "x-*.tar", ["s/none", "s/red"])
 
 
 def npy(array: np.ndarray, **options) -> bytes:

@@ -13,7 +13,6 @@ from datasets import Image, load_dataset
 from dcar.data.index import read_shard
 from dcar.data.shards import (
     ShardWriter,
-    describe,
     read_facts,
     read_manifest,
     read_sizes,
@@ -147,7 +146,6 @@ def test_the_entry_describes_the_file(tmp_path):
     data = (tmp_path / entry.name).read_bytes()
     assert (entry.samples, entry.bytes) == (3, len(data))
     assert entry.sha256 == hashlib.sha256(data).hexdigest()
-    assert describe(tmp_path / entry.name, 3) == entry
 
 
 def test_a_writer_tells_its_size_as_it_grows(tmp_path):

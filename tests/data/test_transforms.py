@@ -18,6 +18,16 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def prepared(transform: ImageTransform, image: Image.Image) -> np.ndarray:
+    return transform.read(encoded(image))
+
+
+def finished(
+    transform: ImageTransform, image: Image.Image, seed: int = 0, shape=None
+) -> torch.Tensor:
+    return transform.finish(transform.read(encoded(image), shape), random.Random(seed), shape)
+
+
 def noise(width: int, height: int) -> Image.Image:
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -26,7 +36,7 @@ def noise(width: int, height: int) -> Image.Image:
 def test_black_is_minus_one_and_white_is_one():
     transform = ImageTransform(4)
     for colour, value in (("black", -1.0), ("white", 1.0)):
-        out = transform(Image.new("RGB", (4, 4), colour), random.Random(0))
+        out = finished(transform, Image.new("RGB", (4, 4), colour))
         assert out.dtype == torch.float32
         assert torch.equal(out, torch.full((3, 4, 4), value))
 
@@ -34,14 +44,14 @@ def test_black_is_minus_one_and_white_is_one():
 def test_channels_rows_and_columns_keep_their_places():
     pixels = np.zeros((2, 2, 3), dtype=np.uint8)
     pixels[0, 1, 2] = 255  # top right, blue
-    out = ImageTransform(2)(Image.fromarray(pixels), random.Random(0))
+    out = finished(ImageTransform(2), Image.fromarray(pixels))
     assert (out == 1).nonzero().tolist() == [[2, 0, 1]]
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "adm"])
 @pytest.mark.parametrize("size", [(40, 90), (90, 40), (16, 16), (5, 7), (33, 32)])
 def test_every_crop_gives_the_asked_size(crop, size):
-    out = ImageTransform(16, crop=crop, flip=True)(noise(*size), random.Random(0))
+    out = finished(ImageTransform(16, crop=crop, flip=True), noise(*size))
     assert out.shape == (3, 16, 16)
     assert out.abs().max() <= 1
 
@@ -49,7 +59,7 @@ def test_every_crop_gives_the_asked_size(crop, size):
 def test_the_centre_crop_takes_the_middle():
     image = Image.new("RGB", (30, 10), "black")
     image.paste("white", (10, 0, 20, 10))
-    assert ImageTransform(10)(image, random.Random(0)).min() == 1
+    assert finished(ImageTransform(10), image).min() == 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -63,9 +73,9 @@ def test_the_adm_crop_halves_with_a_box_then_goes_bicubic(kind):
     centre = np.asarray(expected.crop((left, 0, left + 32, 32)))
     transform = ImageTransform(32, crop="adm")
     assert np.array_equal(transform.read(data), centre)
-    assert np.array_equal(transform.prepare(image), centre)
+    assert np.array_equal(prepared(transform, image), centre)
     levels = torch.from_numpy(centre.copy()).permute(2, 0, 1).float()
-    assert torch.allclose((transform(image, random.Random(0)) + 1) * 127.5, levels)
+    assert torch.allclose((finished(transform, image) + 1) * 127.5, levels)
 
 
 def test_the_adm_crop_of_a_bucket_halves_while_both_edges_are_twice_too_large():
@@ -85,7 +95,7 @@ def test_other_crops_are_pillows_bicubic_within_two_levels(crop, size):
     if crop == "center":
         top, left = (height - 64) // 2, (width - 64) // 2
         expected = expected[top : top + 64, left : left + 64]
-    apart = np.abs(ImageTransform(64, crop=crop).prepare(image) - expected)
+    apart = np.abs(prepared(ImageTransform(64, crop=crop), image) - expected)
     assert apart.max() <= 2
     assert apart.mean() < 0.02
 
@@ -94,7 +104,7 @@ def test_a_file_and_its_picture_are_prepared_alike():
     data = encoded(noise(90, 61), "JPEG")
     for crop in ("center", "random", "adm"):
         transform = ImageTransform(32, crop=crop)
-        assert np.array_equal(transform.read(data), transform.prepare(read_image(data)))
+        assert np.array_equal(transform.read(data), prepared(transform, read_image(data)))
         assert transform.read(data).tobytes() == transform.read(data).tobytes()
 
 
@@ -113,31 +123,31 @@ def test_a_resized_picture_has_the_asked_size_to_the_pixel(reduction):
 
 def test_a_picture_of_the_right_size_is_left_alone():
     image = noise(40, 32)
-    assert np.array_equal(ImageTransform(32, crop="random").prepare(image), np.asarray(image))
+    assert np.array_equal(prepared(ImageTransform(32, crop="random"), image), np.asarray(image))
 
 
 def test_only_the_adm_crop_decodes_a_large_jpeg_in_full():
     data = encoded(noise(400, 400), "JPEG")  # noise, which is where reducing shows
     whole = ImageTransform(32, crop="adm").read(data)
-    assert np.array_equal(whole, ImageTransform(32, crop="adm").prepare(read_image(data)))
+    assert np.array_equal(whole, prepared(ImageTransform(32, crop="adm"), read_image(data)))
     quick = ImageTransform(32).read(data)
-    assert not np.array_equal(quick, ImageTransform(32).prepare(read_image(data)))
+    assert not np.array_equal(quick, prepared(ImageTransform(32), read_image(data)))
 
 
 @pytest.mark.parametrize("size", [(30, 20), (20, 30)])
 def test_random_crop_and_flip_follow_the_generator_alone(size):
     transform = ImageTransform(8, crop="random", flip=True)
     image = noise(*size)
-    outs = [transform(image, random.Random(seed)) for seed in range(12)]
-    assert all(torch.equal(transform(image, random.Random(s)), out) for s, out in enumerate(outs))
+    outs = [finished(transform, image, seed) for seed in range(12)]
+    assert all(torch.equal(finished(transform, image, s), out) for s, out in enumerate(outs))
     assert len({out.numpy().tobytes() for out in outs}) > 5
 
 
 def test_a_flip_mirrors_left_to_right_half_of_the_time():
     transform = ImageTransform(8, flip=True)
     image = noise(8, 8)
-    plain = ImageTransform(8)(image, random.Random(0))
-    outs = [transform(image, random.Random(seed)) for seed in range(400)]
+    plain = finished(ImageTransform(8), image)
+    outs = [finished(transform, image, seed) for seed in range(400)]
     flipped = sum(torch.equal(out, plain.flip(2)) for out in outs)
     assert flipped + sum(torch.equal(out, plain) for out in outs) == 400
     assert 150 < flipped < 250
@@ -159,13 +169,13 @@ def test_a_bucket_is_covered_and_cut_to_its_shape(crop, shape, size):
 def test_a_bucket_takes_the_middle_of_a_picture():
     image = Image.new("RGB", (40, 10), "black")
     image.paste("white", (10, 0, 30, 10))
-    assert ImageTransform(10)(image, random.Random(0), (10, 20)).min() == 1
-    assert ImageTransform(10)(image, random.Random(0), (10, 22)).min() < 1
+    assert finished(ImageTransform(10), image, shape=(10, 20)).min() == 1
+    assert finished(ImageTransform(10), image, shape=(10, 22)).min() < 1
 
 
 def test_a_cut_is_bytes_and_finish_is_the_same_in_floats():
     transform = ImageTransform(16, crop="random", flip=True)
-    pixels = transform.prepare(noise(50, 30))
+    pixels = prepared(transform, noise(50, 30))
     for seed in range(8):
         cut = transform.cut(pixels, random.Random(seed))
         assert (cut.dtype, cut.shape) == (torch.uint8, (3, 16, 16)) and cut.is_contiguous()
@@ -174,7 +184,7 @@ def test_a_cut_is_bytes_and_finish_is_the_same_in_floats():
 
 def test_prepared_pixels_are_not_changed_by_cutting_them():
     transform = ImageTransform(16, flip=True)
-    pixels = transform.prepare(noise(50, 30))
+    pixels = prepared(transform, noise(50, 30))
     before = pixels.copy()
     for seed in range(4):
         transform.cut(pixels, random.Random(seed)).zero_()
@@ -182,7 +192,7 @@ def test_prepared_pixels_are_not_changed_by_cutting_them():
 
 
 def test_a_centre_crop_keeps_no_larger_picture_alive():
-    pixels = ImageTransform(16).prepare(noise(160, 16))
+    pixels = prepared(ImageTransform(16), noise(160, 16))
     base = pixels
     while isinstance(base.base, np.ndarray):
         base = base.base
@@ -191,11 +201,11 @@ def test_a_centre_crop_keeps_no_larger_picture_alive():
 
 def test_a_strip_that_would_grow_huge_when_resized_is_refused():
     with pytest.raises(ImageTooLarge, match="1 x 30000"):
-        ImageTransform(64)(Image.new("RGB", (1, 30000)), random.Random(0))
+        finished(ImageTransform(64), Image.new("RGB", (1, 30000)))
 
 
 def test_one_pixel_is_a_picture():
-    assert ImageTransform(8)(Image.new("RGB", (1, 1), "white"), random.Random(0)).min() == 1
+    assert finished(ImageTransform(8), Image.new("RGB", (1, 1), "white")).min() == 1
 
 
 def test_impossible_settings_are_refused():

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
+from dcar.data.transforms import to_unit_range
 from dcar.evaluation.metrics import (
     GenerationMetrics,
     LPIPSMetric,
     ReconstructionMetrics,
     lpips_metric,
 )
-from dcar.evaluation.pictures import from_uint8
 from dcar.models.perceptual import LPIPS
 from tests.toys import START
 
@@ -35,7 +35,7 @@ def images(batch: int, side: int = 32) -> Tensor:
     """Smooth pictures whose values are levels of uint8."""
     generator = torch.Generator().manual_seed(batch)
     coarse = torch.rand(batch, 3, 6, 6, generator=generator)
-    return from_uint8((nn.functional.interpolate(coarse, side, mode="bilinear") * 200).byte())
+    return to_unit_range((nn.functional.interpolate(coarse, side, mode="bilinear") * 200).byte())
 
 
 def reconstruction(**settings: Any) -> ReconstructionMetrics:

@@ -3,12 +3,13 @@
 import numpy as np
 import torch
 
-from dcar.evaluation.pictures import from_uint8, reconstruction_columns, tile, to_pil, to_uint8
+from dcar.data.transforms import to_unit_range
+from dcar.evaluation.pictures import reconstruction_columns, tile, to_pil, to_uint8
 
 
 def test_every_level_comes_back() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+    assert torch.equal(to_uint8(to_unit_range(levels)), levels)
 
 
 def test_values_go_to_the_nearest_level_and_stay_in_range() -> None:

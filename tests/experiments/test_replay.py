@@ -35,6 +35,7 @@ TRAININGS = (
     "finetune/lora",
     "finetune/tokenizer",
     "generator/",
+    "judge",
     "quickstart/",
     "smoke/",
     "tokenizer/",
@@ -166,7 +167,7 @@ def test_a_step_that_accumulates_is_repeated_whole_as_another_rank_s_share(tmp_p
 @pytest.mark.parametrize("name", [n for n in experiment_names() if n.startswith(TRAININGS)])
 def test_every_shipped_training_could_be_replayed(name: str) -> None:
     """Its classes are in the table; nothing of its data, checkpoints or metrics is asked for."""
-    given = ["init_from=x"]
+    given = [] if name == "judge" else ["init_from=x"]
     run_config: Any = OmegaConf.to_container(load_config(name, given), resolve=True)
     node = module_config(run_config)
     assert node.get("init_from") is None and node.get("tokenizer_from") is None

@@ -11,7 +11,7 @@ from typing import Any
 
 from dcar.data.sources.archives import GZIPPED, stream_tar
 from dcar.data.storage import exists, join, name_of, parent, read_bytes
-from dcar.errors import DataError, MissingExtraError
+from dcar.errors import DataError, import_extra
 
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 CANDIDATES = (
@@ -67,14 +67,9 @@ def wnids_of(
 
 def read_ids(meta: bytes) -> dict[int, str]:
     """ILSVRC id -> wnid, from the devkit's meta.mat."""
-    try:
-        from scipy.io import loadmat  # type: ignore[import-untyped]  # an optional extra
-    except ImportError as error:
-        raise MissingExtraError(
-            f"reading {META} needs scipy: pip install 'dcar-lightning[data]', or give a list of "
-            "wnids with val_labels"
-        ) from error
-    synsets: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    needs = f"without a list of wnids (val_labels), reading {META} needs scipy"
+    scipy_io = import_extra("scipy.io", extra="data", needs=needs)
+    synsets: Any = scipy_io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     return {
         int(number): str(wnid)
         for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
