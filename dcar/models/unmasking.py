@@ -108,13 +108,15 @@ def sample_ids(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     """Ids (B, N) with the law of argmax(logits + temperature * Gumbel noise); 0 is greedy.
 
     That law is softmax(logits / temperature), so one uniform draw (B, N) per token inverts it in
-    place of K Gumbel draws. temperature (B, 1).
+    place of K Gumbel draws. temperature (B, 1). Probabilities are added up as whole numbers of
+    2**-30: CUDA adds floats in no fixed order, and refuses to where `trainer.deterministic=true`.
     """
     greedy = logits.argmax(2)
     scaled = logits / temperature.clamp(min=1e-6)[..., None]
-    cumulative = scaled.softmax(2).cumsum(2)  # (B, N, K)
-    target = uniform[..., None] * cumulative[..., -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(2)
+    parts = scaled.softmax(2).mul_(2**30).int()
+    cumulative = parts.cumsum(2, dtype=torch.int32)  # (B, N, K)
+    target = (uniform[..., None] * 2**24).long() * cumulative[..., -1:] >> 24
+    drawn = torch.searchsorted(cumulative, target.int(), right=True).squeeze(2)
     drawn = drawn.clamp(max=logits.shape[2] - 1)
     return torch.where(temperature > 0, drawn, greedy)
 
