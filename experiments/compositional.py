@@ -43,7 +43,7 @@ from dcar.pipeline import DCARPipeline, chunks
 from experiments.components import build
 from experiments.config import ConfigError, at_least, check_writable
 from experiments.run import RunOptions
-from experiments.sample import chosen_device, find_model
+from experiments.sample import chosen_device, open_model
 
 SOURCES = {
     "real": "true pictures of the same prompts: how far the judge itself can be trusted",
@@ -174,7 +174,7 @@ def distances(metric: FrechetDistances, asked: Sequence[Asked], drawn: Drawn) ->
 
 def open_pipeline(config: DictConfig) -> DCARPipeline:
     device = chosen_device(config.device)
-    model = find_model(config.ckpt, config.outputs)
+    model = open_model(config)
     return DCARPipeline(model, device=device, precision=config.precision)
 
 

@@ -26,7 +26,15 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 # Keys that a choice of `data` may or may not read.
-OF_DATA = ("train_urls", "val_urls", "data_root", "captions", "val_captions", "caption_weights")
+OF_DATA = (
+    "train_urls",
+    "val_urls",
+    "data_root",
+    "captions",
+    "val_captions",
+    "caption_weights",
+    "cut_captions",
+)
 OPTIONS = ("exp", "ckpt")  # of the command line, with dashes
 OF_SEVERAL_KINDS = ("compile", "trainer.devices")  # whose users check them
 # What keys take that are null by default.

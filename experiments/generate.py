@@ -18,7 +18,7 @@ from dcar.pipeline import DCARPipeline
 from experiments.config import at_least
 from experiments.predict import open_sources, predict_shards
 from experiments.run import RunOptions
-from experiments.sample import find_model
+from experiments.sample import open_model
 
 
 def seed_of(key: str, seed: int) -> int:
@@ -77,7 +77,7 @@ def generate(config: DictConfig, options: RunOptions) -> None:
     """Draw every caption of `in` once. Raises ValueError naming a setting that cannot be used."""
     at_least(config, 0, "seed")
     sources = open_sources(config)
-    model = find_model(config.ckpt, config.outputs)
+    model = open_model(config)
     names = ("steps", "guidance", "height", "width")
     asked = {name: config[name] for name in names if config[name] is not None}
     pipeline = DCARPipeline(model, precision=config.precision)

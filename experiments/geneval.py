@@ -17,7 +17,7 @@ from dcar.pipeline import DCARPipeline, chunks
 from experiments.config import ConfigError, at_least, check_writable
 from experiments.generate import describe_model
 from experiments.run import RunOptions
-from experiments.sample import chosen_device, find_model
+from experiments.sample import chosen_device, open_model
 
 SETTINGS = "settings.json"
 
@@ -90,7 +90,7 @@ def geneval(config: DictConfig, options: RunOptions) -> None:
     at_least(config, 0, "seed")
     check_writable(config.out, is_folder=True)
     prompts, out = read_metadata(Path(config["in"])), Path(config.out)
-    model = find_model(config.ckpt, config.outputs)
+    model = open_model(config)
     pipeline = DCARPipeline(model, device=chosen_device(config.device), precision=config.precision)
     sampler = pipeline.settings(steps=config.steps, guidance=config.guidance)
     settings = {

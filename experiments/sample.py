@@ -2,7 +2,7 @@
 
 import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dcar.models.checkpoints import (
     read_checkpoint,
 )
 from dcar.pipeline import DCARPipeline
+from experiments.components import build
 from experiments.config import ConfigError, at_least, check_writable
 from experiments.names import find
 from experiments.run import RunOptions
@@ -56,6 +57,12 @@ def find_model(reference: str, outputs: str, *, key: str = "ckpt") -> Model:
     """
     path = find(reference, outputs, key=key)
     return load_model(path) if path.is_dir() else model_of_checkpoint(path)
+
+
+def open_model(config: DictConfig) -> Model:
+    """The model that `ckpt` names, its sampler changed by what is given under `sampler`."""
+    model = find_model(config.ckpt, config.outputs)
+    return replace(model, sampler=replace(model.sampler, **build(config.sampler).keywords))
 
 
 def model_of_checkpoint(path: Path) -> Model:
@@ -109,7 +116,7 @@ def sample(config: DictConfig, options: RunOptions) -> list[Image]:
     paths = output_paths(config.out, len(prompts))
     check_writable(config.out)
     device = chosen_device(config.device)
-    model = find_model(config.ckpt, config.outputs)
+    model = open_model(config)
     encoder: Any = model.text_encoder
     for prompt in dict.fromkeys(prompts):
         if encoder.cuts(prompt):

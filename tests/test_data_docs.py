@@ -21,6 +21,7 @@ LINES = [
 ]
 # Trainings are the same code at toy size; what they read is what the page's commands have made.
 SMALL = {
+    "quickstart/stage1": ["smoke/stage1", "data=shards"],
     "tokenizer/stage1": ["smoke/stage1", "data=imagenet"],
     "generator/pretrain_256": ["smoke/pretrain_256", "data=journeydb"],
 }

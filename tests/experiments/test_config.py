@@ -48,6 +48,7 @@ def test_a_file_opens_with_what_it_reproduces_what_it_costs_and_its_command(name
         ("max_steps=[", "max_steps"),
         ("train_urls=a", "train_urls is not read by the data of quickstart/stage3; data=mixture"),
         ("data_root=a", "data=imagenet or data=journeydb"),
+        ("cut_captions=0.5", "cut_captions is not read by the data of quickstart/stage3"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_key(override: str, message: str) -> None:

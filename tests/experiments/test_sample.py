@@ -134,6 +134,21 @@ def test_prompts_come_as_text_list_or_file(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "p.txt")) == ["a", "b"]
 
 
+def test_any_setting_of_the_sampler_is_changed_for_once(folder: Path, tmp_path: Path) -> None:
+    given = [
+        f"ckpt={folder}",
+        "prompt=a",
+        "sampler.confidence=log_prob",
+        "sampler.selection=halton",
+    ]
+    assert main(["--exp=sample", *given, f"out={tmp_path}/a.png"]) == 0
+    assert main(["--exp=sample", f"ckpt={folder}", "prompt=a", f"out={tmp_path}/b.png"]) == 0
+    with Image.open(tmp_path / "a.png") as ours, Image.open(tmp_path / "b.png") as model_s:
+        assert (ours.text["confidence"], ours.text["selection"]) == ("log_prob", "halton")
+        assert (model_s.text["confidence"], model_s.text["selection"]) != ("log_prob", "halton")
+        assert ours.tobytes() != model_s.tobytes()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -145,6 +160,8 @@ def test_prompts_come_as_text_list_or_file(tmp_path: Path) -> None:
         ("prompt=[]", "no prompt"),
         ("height=0", "height=0"),
         ("images_per_prompt=0", "images_per_prompt=0"),
+        ("sampler.selection=best", "selection 'best'"),
+        ("sampler.selektion=random", "did you mean 'sampler.selection'"),
     ],
 )
 def test_a_bad_value_is_exit_2_and_named(override: str, message: str, folder, tmp_path, capsys):
