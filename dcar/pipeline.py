@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from dcar.errors import NonFiniteError
 from dcar.evaluation.pictures import to_pil
 from dcar.models.checkpoints import Model, load_model, save_model
 from dcar.models.sampler import SamplerSettings, Tokens, sample
@@ -66,7 +67,8 @@ class DCARPipeline:
         height, width: pixels, multiples of the tokenizer's downsampling; the training size if None.
         on_step: called with (step, ids, newly fixed) after each unmasking step of each batch.
 
-        Raises ValueError naming the argument that cannot be used.
+        Raises ValueError naming the argument that cannot be used, NonFiniteError for pictures that
+        hold a NaN.
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts {prompts!r} is no text and no sequence of texts")
@@ -86,7 +88,10 @@ class DCARPipeline:
         images: list[Image] = []
         for part in chunks(len(prompts), batch_size):
             tokens = self.tokens(prompts[part], seeds=seeds[part], **options)
-            images += [to_pil(image) for image in self.decode(tokens)]
+            pictures = self.decode(tokens)
+            if not bool(pictures.isfinite().all()):
+                raise NonFiniteError(f"pictures with NaN in them: {self._advice()}")
+            images += map(to_pil, pictures)
         return images
 
     def settings(self, **changes: Any) -> SamplerSettings:
@@ -119,6 +124,11 @@ class DCARPipeline:
         if pixels <= 0 or pixels % factor:
             raise ValueError(f"{name}={pixels} must be a positive multiple of {factor}")
         return pixels // factor
+
+    def _advice(self) -> str:
+        if self.dtype == torch.float16:
+            return "float16 holds no number above 65,504; take precision=bfloat16 or float32"
+        return "look at the weights"
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

@@ -126,9 +126,11 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
         (folder / "metrics.json").unlink(missing_ok=True)  # it says that all is done
     fit(trainer, module, datamodule, resume, first=first)
+    logged = dict(trainer.callback_metrics)  # a validation of its own would forget those of steps
     if module.validated_step != trainer.global_step and not options.dry_run:
         trainer.validate(module, datamodule=datamodule, verbose=False)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    logged |= trainer.callback_metrics
+    metrics = {name: float(value) for name, value in logged.items()}
     if not options.dry_run and trainer.is_global_zero:
         if isinstance(module, MaskedARGenerator):
             export(module, config)

@@ -1,5 +1,6 @@
 """Prompt to picture: arguments, seeds, batches, saving."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dcar.errors import NonFiniteError
 from dcar.models.checkpoints import load_model
 from dcar.pipeline import DCARPipeline
 from tests.toys import SIZE, toy_model
@@ -83,6 +85,24 @@ def test_bfloat16_draws_the_same_tokens_nearly_the_same(pipeline: DCARPipeline) 
     exact, rounded = (one.decode(tokens) for one in (pipeline, half))
     assert 0 < (exact - rounded).abs().max() < 0.05
     assert half("a red apple", seeds=0)[0].size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_head_draws_in_fp32_or_as_all_else_does(full: bool) -> None:
+    model, seen = toy_model(), set()
+    model = replace(model, sampler=replace(model.sampler, residual_full_precision=full))
+    inner = model.generator.residual_head.denoiser.input
+    inner.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+    DCARPipeline(model, precision="bfloat16")("a cat")
+    assert seen == {torch.float32 if full else torch.bfloat16}
+
+
+def test_pictures_with_nan_in_them_are_an_error_that_says_what_to_do() -> None:
+    model = toy_model()
+    next(model.tokenizer.decoder.parameters()).data.mul_(1e8)  # beyond fp16
+    assert DCARPipeline(model)("a cat")
+    with pytest.raises(NonFiniteError, match="take precision=bfloat16 or float32"):
+        DCARPipeline(model, precision="float16")("a cat")
 
 
 def test_an_unknown_precision_is_refused() -> None:

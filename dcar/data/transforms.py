@@ -77,6 +77,11 @@ class ImageTransform:
             raise ValueError(f"crop {crop!r} is not one of {CROPS}")
         self.size, self.crop, self.flip, self.max_pixels = size, crop, flip, max_pixels
 
+    @property
+    def is_random(self) -> bool:
+        """Whether one picture comes out differently each time."""
+        return self.crop == "random" or self.flip
+
     def read(self, data: bytes, shape: tuple[int, int] | None = None) -> np.ndarray:
         """File bytes -> what `finish` takes: uint8 (height, width, 3), the same every time.
 

@@ -17,6 +17,7 @@ from dcar.lit.sharding import (
     shard_network,
     whole_state,
 )
+from dcar.models.quantizer import VectorQuantizer
 
 
 class AverageWeights(Callback):
@@ -99,6 +100,9 @@ class AverageWeights(Callback):
         update = get_ema_multi_avg_fn(min(self.decay, warm))
         ours, theirs = ([own_piece(p) for p in part.parameters()] for part in (average, live))
         update(ours, theirs, self.updates)
+        for averaged, module in zip(average.modules(), live.modules(), strict=True):
+            if isinstance(module, VectorQuantizer) and isinstance(averaged, VectorQuantizer):
+                module.carry_over(averaged)
         for kept, buffer in zip(average.buffers(), live.buffers(), strict=True):
             kept.copy_(buffer)
         self.updates += 1

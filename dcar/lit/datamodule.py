@@ -66,4 +66,5 @@ class ShardDataModule(LightningDataModule):
 
     def preview_batches(self) -> Iterator[dict[str, Any]]:
         """Training batches, in [-1, 1], from the start of the stream; the trainer's own stays."""
-        return map(in_unit_range, ShardLoader(self.train_stream()))
+        loader = ShardLoader(self.train_stream(), num_workers=self.num_workers)
+        return map(in_unit_range, loader)

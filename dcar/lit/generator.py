@@ -208,6 +208,12 @@ class MaskedARGenerator(BaseModule):
         return self.frozen_text.module if folders and self.frozen_text else None
 
     def on_train_start(self) -> None:
+        stream = getattr(self.trainer.train_dataloader, "stream", None)
+        if self.cache is not None and stream is not None and stream.transform.is_random:
+            raise ValueError(
+                "cache_tokens keeps each picture's tokens, but these are cut or mirrored at random "
+                "(data.train.transform): take crop 'center' or 'adm' without flip, or no cache"
+            )
         if self.measures_scale and self.global_step == 0:
             self._measure_residual_scale(
                 1 if self.is_dry_run else self.scale_batches * self.accumulate

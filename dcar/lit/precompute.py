@@ -41,7 +41,7 @@ class ImageDecoder:
     """
 
     def __init__(self, transform: ImageTransform, *, captioned: bool):
-        if transform.crop == "random" or transform.flip:
+        if transform.is_random:
             raise ValueError(
                 f"crop={transform.crop!r} with flip={transform.flip} is drawn at random: "
                 "tokens are made once, from 'center' or 'adm' without flip"

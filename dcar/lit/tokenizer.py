@@ -271,7 +271,8 @@ class TokenizerStage3(TokenizerModule):
             return mixed
         if "caption" not in batch:
             raise DataError("residuals are drawn by captions: give data.train.captioned=true")
-        rows = round(self.drawn_share * len(mixed))  # as many in every batch: one shape to compile
+        # at least one, and as many in every batch: one shape to compile
+        rows = max(1, round(self.drawn_share * len(mixed)))
         ids, captions = latents.ids[:rows], batch["caption"][:rows]
         drawn = latents.discrete[:rows] + self.drawer(ids, captions, draws)
         return torch.cat([drawn, mixed[rows:]])
@@ -288,8 +289,14 @@ class ResidualDrawer:
             raise ValueError("the model of drawn_by draws no residuals")
         self.generator, self.text_encoder = Frozen(model.generator), Frozen(model.text_encoder)
         self.parts = [self.generator, self.text_encoder]
-        # the hidden states of one forward pass in which no token is hidden
-        self.settings = replace(model.sampler, residual_condition="last_step")
+        # the hidden states of one forward pass in which no token is hidden, so none is drawn
+        self.settings = replace(
+            model.sampler,
+            guidance=0.0,
+            randomize_temperature=0.0,
+            residual_guidance=model.sampler.guidance_of_residual,
+            residual_condition="last_step",
+        )
 
     def __call__(self, ids: Tensor, captions: Sequence[str], draws: Draws) -> Tensor:
         """(B, C, H, W) for ids (B, H, W) and B captions."""

@@ -50,18 +50,27 @@ def match_generator(generator: HybridGenerator, matches: CodeMatches) -> None:
     """Give each new code what the generator knows of the old ones that it stands for, in place.
 
     Its embeddings (of the transformer, and of a residual head that is told the code) and its row of
-    the output layer become the means of theirs; the bias also holds how likely the old code is this
-    new one. Codes in no pair keep what they have. Where the new codes are the old ones in another
-    order, the generator computes what it did before, in that order.
+    the output layer become the means of theirs. The bias also holds how likely an old code is this
+    new one, and that a new one that stands for several is as likely as all of them together. New
+    codes that were not seen keep their embeddings and become as likely as codes are on average.
+    Where the new codes are the old ones in another order, the generator computes what it did
+    before, in that order.
     """
     transformer, head = generator.transformer, generator.residual_head
-    tables = [transformer.token_embedding.weight, transformer.output.weight]
+    output = transformer.output
+    average = output.weight.mean(0), output.bias.mean()
+    tables = [transformer.token_embedding.weight, output.weight]
     if head is not None and head.code_embedding is not None:
         tables.append(head.code_embedding.weight)
     for table in tables:
         _replace(table, table[matches.old], matches)
-    bias = transformer.output.bias
-    _replace(bias, bias[matches.old] + matches.of_old.log().to(bias), matches)
+    # log(of_old) for its share of what an old code was, -log(of_new) for the others of a new code:
+    # the log of a sum of likelihoods, held by their geometric mean, which is what a row can hold
+    shift = matches.of_old.log() - matches.of_new.log()
+    _replace(output.bias, output.bias[matches.old] + shift.to(output.bias), matches)
+    unseen = torch.ones(len(output.bias), dtype=torch.bool, device=output.bias.device)
+    unseen[matches.new] = False
+    output.weight[unseen], output.bias[unseen] = average
 
 
 def _replace(table: Tensor, values: Tensor, matches: CodeMatches) -> None:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcar.models.precision import without_autocast
+from dcar.models.precision import exact_products, without_autocast
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # similarities held at once: one cache, 256 MiB
 SEEDING_ROUNDS = 64
@@ -14,7 +14,8 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the nearest code and the squared distance to it, both (M,); ties to the lowest."""
     half_norms = codes.square().sum(1) / 2  # (K,)
     rows = max(1, CHUNK_ELEMENTS.get(vectors.device.type, 2**24) // len(codes))
-    best = [torch.addmm(-half_norms, chunk, codes.T).max(1) for chunk in vectors.split(rows)]
+    with exact_products():  # TF32 would give vectors near a border to another code
+        best = [torch.addmm(-half_norms, chunk, codes.T).max(1) for chunk in vectors.split(rows)]
     ids = torch.cat([chunk.indices for chunk in best])  # (M,)
     closeness = torch.cat([chunk.values for chunk in best])  # (M,)
     return ids, (vectors.square().sum(1) - 2 * closeness).clamp_min(0)

@@ -1,6 +1,7 @@
 """Where numbers must be computed in fp32, whatever surrounds them, and where bf16 is quick."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ def without_half(tensor: Tensor) -> AbstractContextManager[object]:
         return nullcontext()
     is_half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     return torch.autocast(kind, enabled=False) if is_half else nullcontext()
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products of fp32 in fp32, where `torch.set_float32_matmul_precision` allows less."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def quick_dtype(device: torch.device) -> torch.dtype:

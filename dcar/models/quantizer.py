@@ -149,6 +149,7 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("usage_mean", torch.zeros(num_codes))
         self.register_buffer("revivals", torch.tensor(0))
         self.seen: list[SeenBatch] = []  # since the last step, where codes are revived
+        self.revived: Tensor | None = None  # (K,) bool, of the last step
 
     def on_sphere(self, vectors: Tensor) -> Tensor:
         """Length one along the last axis, if this quantiser compares angles."""
@@ -207,6 +208,12 @@ class VectorQuantizer(Quantizer):
     def forget_batches(self) -> None:
         self.seen.clear()
 
+    @torch.no_grad()
+    def carry_over(self, average: "VectorQuantizer") -> None:
+        """A revived code is another one: in an averaged quantizer it begins anew where it is."""
+        if self.revived is not None:
+            average.codebook[self.revived] = self.codebook[self.revived]
+
     def _revive(self, vectors: Tensor) -> None:
         """vectors (M, C): latents of the step's whole batch, in the order of one process."""
         assert self.revival_decay is not None
@@ -216,6 +223,7 @@ class VectorQuantizer(Quantizer):
         anchors = vectors[picks % len(vectors)]  # (K, C)
         sharpness = self.num_codes * REVIVAL_SHARPNESS / (1 - self.revival_decay)
         share = torch.exp(-self.usage_mean * sharpness).unsqueeze(1)  # (K, 1): 1 for dead codes
+        self.revived = share.squeeze(1) > 0.5
         self.codebook.lerp_(anchors.to(self.codebook.dtype), share.to(self.codebook.dtype))
         self.revivals += 1
 

@@ -159,17 +159,18 @@ class BaseResidualHead(nn.Module, ABC):
         temperature: float = 1.0,
         clip: float | None = None,
         steps: int | None = None,
+        full_precision: bool | None = None,
     ) -> Tensor:
         """Residuals (B, N, C), unscaled, fp32, for hidden states (B, N, D) and ids (B, N).
 
         guidance s uses (1 + s) * conditional - s * unconditional and needs `hidden_uncond`; 0 skips
-        the unconditional half. `clip` and `steps` None mean the head's own. Raises ValueError when
-        the scale was never set, or hidden_uncond or ids are missing.
+        the unconditional half. `clip`, `steps`, `full_precision`: None means the head's own. Raises
+        ValueError when the scale was never set, or hidden_uncond or ids are missing.
         """
         self._require_scale()
         self.check_sampling(steps=steps, clip=clip)
         batch, tokens, _ = hidden.shape
-        with self._precision(hidden):
+        with self._precision(hidden, full_precision):
             denoise = self._guided_denoiser(hidden, hidden_uncond, ids, guidance)
 
             def rows(count: int) -> Tensor:
@@ -214,8 +215,11 @@ class BaseResidualHead(nn.Module, ABC):
         normed = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
         return self.denoiser.condition_embedding(normed) + self.code_embedding(ids)
 
-    def _precision(self, hidden: Tensor) -> contextlib.AbstractContextManager[object]:
-        return without_autocast(hidden) if self.full_precision else contextlib.nullcontext()
+    def _precision(
+        self, hidden: Tensor, full: bool | None = None
+    ) -> contextlib.AbstractContextManager[object]:
+        full = self.full_precision if full is None else full
+        return without_autocast(hidden) if full else contextlib.nullcontext()
 
     def _require_scale(self) -> None:
         if self._is_scale_known:  # looked at once only: reading a value back stalls the GPU

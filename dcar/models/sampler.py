@@ -54,9 +54,13 @@ class _Captioned:
 
 
 def _trimmed(text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the padding that no caption of the batch needs: masked rows have no influence."""
+    """Without the padding that no caption of the batch needs: masked rows have no influence.
+
+    To a multiple of 8 rows, as the encoders give them, which attention's kernels want.
+    """
     columns = text_mask.any(0).nonzero()
     length = int(columns.max()) + 1 if len(columns) else 1
+    length += -length % 8
     return text[:, :length], text_mask[:, :length]
 
 
@@ -182,6 +186,7 @@ def sample(
         temperature=settings.residual_temperature,
         clip=settings.residual_clip,
         steps=settings.residual_steps,
+        full_precision=settings.residual_full_precision,
     )  # (B, N, C)
     residual = rearrange(residual, "b (h w) c -> b c h w", h=grid[0])
     if initial_residual is not None:

@@ -3,7 +3,7 @@
 B captions, L text length, E width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class NgramEmbedding(nn.Module):
     over all lengths, at first.
     """
 
+    powers: Tensor
+
     def __init__(self, *, lengths: Sequence[int], codes: int, dim: int, std: float = 1.0):
         super().__init__()
         if any(length < 2 for length in lengths) or codes < 1:
@@ -80,21 +82,19 @@ class NgramEmbedding(nn.Module):
         self.lengths, self.codes = tuple(lengths), codes
         self.table = nn.Embedding(codes * len(self.lengths), dim)
         nn.init.normal_(self.table.weight, std=std * len(self.lengths) ** -0.5)
+        powers = [pow(HASH_BASE, power, HASH_PRIME) for power in range(max(self.lengths))]
+        self.register_buffer("powers", torch.tensor(powers), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = [row + self.codes * n for n, row in enumerate(map(self._hash(ids), self.lengths))]
+        hashes = [self._hash(ids, length) for length in self.lengths]
+        rows = [row + self.codes * n for n, row in enumerate(hashes)]
         return self.table(torch.stack(rows)).sum(0)  # (B, L, E)
 
-    def _hash(self, ids: Tensor) -> Callable[[int], Tensor]:
-        def rows(length: int) -> Tensor:
-            padded = F.pad(ids, (length - 1, 0), value=END)  # (B, L + n - 1)
-            grams = padded.unfold(1, length, 1)  # (B, L, n)
-            powers = [pow(HASH_BASE, power, HASH_PRIME) for power in range(length)]
-            return (
-                (grams * torch.tensor(powers, device=ids.device)).sum(2) % HASH_PRIME % self.codes
-            )
-
-        return rows
+    def _hash(self, ids: Tensor, length: int) -> Tensor:
+        """Of the `length` bytes that end at each, in [0, codes): (B, L)."""
+        padded = F.pad(ids, (length - 1, 0), value=END)  # (B, L + n - 1)
+        grams = padded.unfold(1, length, 1)  # (B, L, n)
+        return (grams * self.powers[:length]).sum(2) % HASH_PRIME % self.codes
 
 
 class ByteT5TextEncoder(nn.Module):

@@ -5,6 +5,7 @@ B images, N tokens, T steps, K codebook size. Source: DC-AR section 3.2, MaskGIT
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class SamplerSettings:
     residual_temperature: float = 1.0
     residual_clip: float | None = None  # in units of the head's scale, 0 for none; None: its own
     residual_steps: int | None = None  # None: the head's own
+    residual_full_precision: bool | None = None  # the head in fp32 within autocast; None: its own
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -150,6 +152,7 @@ class Plan:
     guidance: Tensor
     temperature: Tensor  # of the Gumbel noise
     softness: Tensor  # logits are divided by it
+    is_random: list[bool]  # per step: is any temperature above 0
     masked: Tensor  # int64, how many stay masked before the clamps; _NOTHING from the last step on
     is_guided: list[bool]  # per step: does any image need the unconditional half
     is_last: list[list[bool]]  # per step and image
@@ -168,12 +171,14 @@ def make_plan(masked: Tensor, settings: SamplerSettings) -> Plan:
     guidance = guidance_at((index / steps).clamp(max=1), settings)
     needs_last = settings.guides_residual and settings.residual_condition == "last_step"
     softness = 0.5 + 0.8 * (1 - done) if settings.softmax_annealing else torch.ones_like(done)
+    temperature = settings.randomize_temperature * (1 - done)
     left = masked_after(done, tokens, settings.schedule).masked_fill(done >= 1, _NOTHING)
     return Plan(
         steps=steps.tolist(),
         guidance=guidance.float().to(masked.device),
-        temperature=(settings.randomize_temperature * (1 - done)).float().to(masked.device),
+        temperature=temperature.float().to(masked.device),
         softness=softness.float().to(masked.device),
+        is_random=(temperature > 0).any(1).tolist(),
         masked=left.to(masked.device),
         is_guided=[
             bool((row > 0).any()) or (needs_last and any(last))
@@ -192,12 +197,18 @@ def _guided_logits(output: TransformerOutput, guidance: Tensor, batch: int) -> T
     return conditional + guidance[:, None, None] * (conditional - unconditional)
 
 
+@lru_cache(maxsize=32)
+def _halton_rank_on(device: torch.device, height: int, width: int) -> Tensor:
+    """Copied to a GPU once, and not in every step."""
+    return halton_rank(height, width).to(device, torch.float32)
+
+
 def _confidence(
     logits: Tensor, ids: Tensor, grid: tuple[int, int], noise: Tensor, settings: SamplerSettings
 ) -> Tensor:
     """How early each token is fixed, (B, N); noise (B, N) as gumbel(uniform) * temperature."""
     if settings.selection == "halton":
-        return -halton_rank(*grid).to(logits).expand_as(noise)
+        return -_halton_rank_on(logits.device, *grid).expand_as(noise)
     if settings.selection == "random":
         return noise
     if settings.confidence == "log_prob":
@@ -222,7 +233,10 @@ def unmask_step(
     logits = _guided_logits(output, plan.guidance[step], len(ids))
     logits = logits / plan.softness[step][:, None, None]
     temperature = plan.temperature[step][:, None]  # (B, 1)
-    sampled = sample_ids(logits, temperature, uniform[:, 0])
+    if plan.is_random[step]:
+        sampled = sample_ids(logits, temperature, uniform[:, 0])
+    else:
+        sampled = logits.argmax(2)
     ids = torch.where(masked, sampled, ids)
     noise = gumbel(uniform[:, 1])
     noise = noise if settings.selection == "random" else temperature * noise

@@ -170,6 +170,13 @@ def test_swapping_a_component_leaves_no_key_of_the_old_one() -> None:
     assert set(config.tokenizer.quantizer) == {"_target_", "num_codes", "dim"}
 
 
+def test_the_best_of_stage_2_is_the_best_at_what_it_trains() -> None:
+    for name in ("tokenizer/stage2", "mini/stage2", "quickstart/stage2", "finetune/tokenizer"):
+        config = load_config(name, ["init_from=x"])
+        assert config.callbacks.best.monitor == "val/psnr_discrete", name
+    assert load_config("mini/stage3").callbacks.best.monitor == "val/psnr_hybrid"
+
+
 def test_validation_comes_every_so_many_steps_whatever_is_accumulated() -> None:
     trainer = load_config("generator/pretrain_256", ["val_every=7", "accumulate=3"]).trainer
     assert trainer.val_check_interval == 21  # Lightning counts batches

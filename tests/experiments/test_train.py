@@ -52,6 +52,14 @@ def test_a_run_leaves_checkpoint_config_metrics_and_events(name: str, trained: P
 
 
 @pytest.mark.slow
+def test_metrics_hold_the_last_step_s_where_a_validation_comes_after_it(tmp_path: Path) -> None:
+    given = [f"outputs={tmp_path}", "data.num_workers=0", "max_steps=3", "val_every=2"]
+    assert main(["--exp=smoke/stage1", *given]) == 0
+    facts = json.loads((tmp_path / "smoke/stage1/metrics.json").read_text())
+    assert {"train/loss", "val/psnr_hybrid"} <= set(facts["metrics"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAIN)
 def test_stopping_and_resuming_on_shards_is_bit_equal(
     name: str, trained: Path, tmp_path: Path

@@ -60,6 +60,18 @@ def test_the_average_moves_by_its_decay_and_quicker_at_first(decay: float) -> No
         torch.testing.assert_close(mine, theirs)
 
 
+def test_the_average_of_a_revived_code_begins_anew_where_the_code_is() -> None:
+    """It moves at once: a mean over steps would lie between unrelated latents."""
+    module, callback = toy_stage(2), AverageWeights(decay=0.999)
+    quantizer = module.network.quantizer
+    quantizer.revival_decay = 0.9
+    toy_trainer(4, callbacks=[callback]).fit(module, datamodule=ToyData())
+    averaged, revived = callback.average.quantizer, quantizer.revived
+    assert 0 < revived.sum() < len(revived)
+    same = (averaged.codebook == quantizer.codebook).all(1)
+    assert same[revived].all() and not same[~revived].any()
+
+
 def test_only_the_trained_network_is_averaged() -> None:
     module, callback, _ = fit(1, 0.9)
     assert len(list(callback.average.parameters())) == len(list(module.network.parameters()))

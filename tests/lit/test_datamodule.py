@@ -101,8 +101,9 @@ def test_tokens_that_no_manifest_lists_are_refused_by_name(tmp_path: Path) -> No
         facts("a/*.tar")
 
 
-def test_a_preview_shows_the_first_batches_and_moves_nothing() -> None:
-    module = data()
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_preview_shows_the_first_batches_and_moves_nothing(num_workers: int) -> None:
+    module = data(num_workers=num_workers)
     loader = module.train_dataloader()
     batches = iter(loader)
     preview = next(module.preview_batches())

@@ -65,6 +65,13 @@ def test_the_scale_is_the_standard_deviation_of_training_residuals() -> None:
     assert module.generator.residual_head.scale.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_tokens_of_pictures_that_are_cut_at_random_are_not_cached(shards: Path) -> None:
+    module, pictures = toy_masked_generator(cache_tokens=True), data(shards / "pictures")
+    pictures.train_stream.keywords["transform"] = ImageTransform(SIZE, flip=True)
+    with pytest.raises(ValueError, match="cut or mirrored at random"):
+        toy_trainer(1).fit(module, datamodule=pictures)
+
+
 def test_cached_tokens_are_those_of_the_tokenizer() -> None:
     module = toy_masked_generator(cache_tokens=True)
     module._trainer = toy_trainer(1)

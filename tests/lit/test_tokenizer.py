@@ -257,6 +257,15 @@ def test_a_share_of_a_batch_is_decoded_with_the_residual_that_the_model_draws() 
     assert changed.tolist() == [False, True, *[False] * 6]
 
 
+def test_of_any_share_at_least_one_picture_of_a_batch_is_drawn() -> None:
+    module = toy_stage(3, drawn_by=steady_model(), drawn_share=0.01)
+    module._trainer = toy_trainer(1)
+    latents = module.network.encode(torch.rand(8, 3, 16, 16))
+    mixed = module.decoded(latents, {"caption": [f"toy {index}" for index in range(8)]}, 0)
+    either = (mixed == latents.discrete) | (mixed == latents.continuous)
+    assert either.flatten(1).all(1).tolist() == [False, *[True] * 7]
+
+
 def test_a_decoder_learns_what_the_model_draws_and_the_model_stays() -> None:
     model = steady_model()
     before = fingerprint(model.generator)

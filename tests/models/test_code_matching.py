@@ -59,6 +59,26 @@ def test_two_codes_that_become_one_are_averaged_by_how_often_they_were() -> None
     torch.testing.assert_close(table[others].detach(), before[others])  # the mask's row too
 
 
+def test_two_codes_that_become_one_are_as_likely_as_both_together() -> None:
+    """Codes 0 and 1, equally often and equally likely, become 7; codes beyond 2 are not seen."""
+    generator = toy_model().generator
+    output = generator.transformer.output
+    hidden = torch.randn(5, generator.transformer.dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output.weight.normal_(generator=torch.Generator().manual_seed(1))
+        output.bias.normal_(generator=torch.Generator().manual_seed(2))
+        output.weight[1], output.bias[1] = output.weight[0], output.bias[0]
+        before = output(hidden)
+        old, new = torch.tensor([0, 1, 2]), torch.tensor([7, 7, 2])
+        match_generator(generator, match_codes(old, new, num_codes=CODES))
+        after = output(hidden)
+    torch.testing.assert_close(after[:, 7], before[:, :2].logsumexp(1))
+    torch.testing.assert_close(after[:, 2], before[:, 2])
+    unseen = [code for code in range(CODES) if code not in (2, 7)]
+    average = before.mean(1, keepdim=True)
+    torch.testing.assert_close(after[:, unseen], average.expand(-1, len(unseen)))
+
+
 def test_a_head_that_is_told_codes_learns_the_new_ones() -> None:
     generator = toy_model().generator
     head = generator.residual_head

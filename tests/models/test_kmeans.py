@@ -89,6 +89,19 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(kmeans(vectors, 16, iterations=3, seed=0, spherical=True), codes)
 
 
+def test_products_in_less_than_fp32_are_not_allowed_to_move_a_code() -> None:
+    """Lightning advises TF32 on GPUs; here "medium" stands for it where oneDNN computes in bf16."""
+    vectors, codes = torch.randn(512, 64), torch.randn(2048, 64)
+    expected = torch.cdist(vectors.double(), codes.double()).argmin(1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ids = nearest_codes(vectors, codes)[0]
+        assert torch.get_float32_matmul_precision() == "medium"  # it stays for all else
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(ids, expected)
+
+
 def test_too_few_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 8 vectors, got 5"):
         kmeans(torch.randn(5, 2), 8, iterations=1, seed=0, spherical=False)
