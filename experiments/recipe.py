@@ -6,13 +6,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from hydra.utils import get_method
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig
 
 from experiments.config import ConfigError, load_config
+from experiments.names import first_found
 from experiments.report import write_report
 from experiments.run import RunOptions
-from experiments.train import train
 
 
 def settings_of(config: DictConfig, run: str) -> DictConfig:
@@ -30,13 +31,23 @@ def settings_of(config: DictConfig, run: str) -> DictConfig:
     return load_config(name, overrides)
 
 
+def is_base_there(settings: DictConfig) -> bool:
+    """Of a fine-tuning; a dry run of any other training starts from random weights."""
+    if settings.task == "experiments.train.train":
+        return True
+    return first_found(settings.init_from, settings.outputs) is not None
+
+
 def recipe(config: DictConfig, options: RunOptions) -> None:
     """Run what is not done yet; each run goes on from its own last checkpoint."""
     runs = list(config.steps)
     for number, run in enumerate(runs, start=1):
         settings = settings_of(config, run)
         rank_zero_info(f"[{number}/{len(runs)}] {settings.exp}: {settings.max_steps} steps")
-        train(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))
+        if options.dry_run and not is_base_there(settings):
+            rank_zero_info(f"dry run: {settings.init_from} is not there yet; left out")
+            continue
+        get_method(settings.task)(settings, RunOptions(ckpt="auto", dry_run=options.dry_run))
     if not options.dry_run:
         finish(config, runs)
 

@@ -54,17 +54,18 @@ def write_report(folder: Path, *, runs: Sequence[str]) -> Path:
     """Write metrics.json, report.html and report/*.png into `folder`; returns the page's path.
 
     folder: holds one finished run a name in `runs`, in training order: tokenizer stages, then
-    generators. The last of each kind is the one that is shown and measured.
+    generators, perhaps a fine-tuned decoder. The last of each kind is the one that is measured, the
+    model of the last run is shown.
 
     Raises FileNotFoundError naming the run that is not finished, ValueError where either kind of
-    run is missing, CheckpointError for a generator's folder without a model.
+    run is missing, CheckpointError for a last run without a model.
     """
     records = [read_run(folder / name, name=name) for name in runs]
     config = OmegaConf.load(folder / _last_generator(records).name / "config.yaml")
     assert isinstance(config, DictConfig)
     ordered = Runs(records, tuple(config.module.val_names))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model_folder = folder / ordered.generators[-1].name / "model"
+    model_folder = folder / runs[-1] / "model"
     pipeline = DCARPipeline.from_pretrained(model_folder, device=device)
     figures = collect_figures(ordered, pipeline)
     data = read_data(config)

@@ -110,9 +110,9 @@ def test_its_pages_carry_the_results_that_come_with_it(page: Path) -> None:
 
 @pytest.mark.slow
 def test_its_pictures_are_as_good_as_its_card_says() -> None:
-    """Some of the prompts; shares of 80 pictures have a standard error of 5 points at most."""
+    """Some of the prompts: the first held-out ones are of styles that are easier than the rest."""
     published = json.loads((FOLDER / "results.json").read_text())["scores"]["hybrid"]
-    config = load_config("eval/compositional", ["known=80", "heldout=80", "scenes=0"])
+    config = load_config("eval/compositional", ["known=80", "heldout=200", "scenes=0"])
     pipeline, examiner = open_pipeline(config), Examiner(load_judge())
     asked = read_asked(config, pipeline.model.size)
     drawn = draw(pipeline, asked, pipeline.settings(), seed=0, batch_size=32)

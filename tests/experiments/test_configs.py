@@ -57,7 +57,15 @@ def count(module) -> int:
 
 
 # the architectures of these come with the model or the record that they start from
-NO_NETWORKS = ("eval/", "data/", "finetune/", "debug/", "smoke/lora", "smoke/decoder")
+NO_NETWORKS = (
+    "eval/",
+    "data/",
+    "finetune/",
+    "debug/",
+    "mini/decoder",
+    "smoke/lora",
+    "smoke/decoder",
+)
 
 
 @pytest.mark.parametrize(
