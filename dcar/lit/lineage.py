@@ -20,7 +20,13 @@ from dcar.data.shard_set import ShardSet
 from dcar.data.shards import read_manifest
 from dcar.data.storage import name_of
 from dcar.errors import CheckpointError
-from dcar.models.checkpoints import file_digest, known_digests, read_checkpoint
+from dcar.models.checkpoints import (
+    file_digest,
+    known_digests,
+    model_folder,
+    read_checkpoint,
+)
+from dcar.models.weights_io import SHIPPED
 
 CODE = Path(__file__).parents[2]
 # Keys, wherever they stand, whose values may differ from machine to machine: the record names the
@@ -181,7 +187,10 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def read_origin(path: str | Path) -> Origin:
-    """Of a checkpoint or model folder. Raises CheckpointError saying what is wrong with it."""
+    """Of a checkpoint or model folder; one that comes with the package is told by its name.
+
+    Raises CheckpointError saying what is wrong with it.
+    """
     path = Path(path)
     if not path.is_dir():
         header = _header(path)
@@ -192,7 +201,8 @@ def read_origin(path: str | Path) -> Origin:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is no model folder: {error}") from error
     step = (lineage.get("parent") or {}).get("step")
-    return Origin(str(path), digest_of_files(path), "model folder", step, lineage)
+    shown = path.name if path.resolve().parent == SHIPPED.resolve() else str(path)
+    return Origin(shown, digest_of_files(path), "model folder", step, lineage)
 
 
 def _with_parent(parent: Origin | None, how: str) -> dict[str, Any]:
@@ -298,7 +308,7 @@ def chain(path: str | Path) -> list[Link]:
     links = [Link(origin.path, origin.sha256, None, "here", origin.record)]
     for record in origin.lineage.get("ancestors", []):
         parent = links[-1].record["parent"]
-        file = Path(parent["path"])
+        file = model_folder(parent["path"])
         standing = _standing(file, parent["sha256"], [file.parent, Path(path).parent])
         links.append(Link(parent["path"], parent["sha256"], parent["how"], standing, record))
     return links

@@ -28,6 +28,7 @@ from dcar.lit.lineage import (
     read_origin,
     run_lineage,
 )
+from dcar.models.weights_io import SHIPPED
 from tests.shards import build, row, stream
 from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
 
@@ -294,6 +295,14 @@ def test_a_model_folder_goes_back_to_the_checkpoint_it_was_made_of(tmp_path: Pat
     assert {link.standing for link in chain(tuned)} == {"here"}
     (folder / "config.json").write_text("{}")
     assert chain(tuned)[1].standing == "overwritten since"
+
+
+def test_the_shipped_model_is_told_by_its_name_and_not_by_a_place_of_this_machine(
+    tmp_path: Path,
+) -> None:
+    child = save(tmp_path / "last.ckpt", begin(init_from=SHIPPED / "mini"), 10)
+    links = chain(child)
+    assert (links[1].path, links[1].standing) == ("mini", "here")
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
