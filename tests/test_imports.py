@@ -35,7 +35,13 @@ TABLE: dict[str, tuple[tuple[str, ...], set[str]]] = {
         CONFIG,
     ),
     "dcar/pipeline.py": (
-        ("dcar.models", "dcar.data", "dcar.evaluation.pictures", "dcar.evaluation.sheets"),
+        (
+            "dcar.data",
+            "dcar.errors",
+            "dcar.evaluation.pictures",
+            "dcar.evaluation.sheets",
+            "dcar.models",
+        ),
         LIGHTNING | CONFIG,
     ),
     "dcar/__init__.py": (("dcar",), LIGHTNING | CONFIG),

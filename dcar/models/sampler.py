@@ -168,9 +168,8 @@ def sample(
     if head is not None:
         head.check_sampling(steps=settings.residual_steps, clip=settings.residual_clip)
     noise = ImageNoise(seeds, text.device)
-    if initial_ids is None:
-        start = torch.full(shape, transformer.mask_id, device=text.device)
-    else:
+    start = torch.full(shape, transformer.mask_id, device=text.device)
+    if initial_ids is not None:
         start = initial_ids.to(text.device, torch.long)
     ids, hidden, hidden_uncond = _unmask(
         generator, text, text_mask, start, noise, settings, on_step
