@@ -13,7 +13,7 @@ from dcar.models.fingerprint import fingerprint, tokenizer_fingerprint
 from dcar.pipeline import DCARPipeline
 from experiments.components import build
 from experiments.config import ConfigError, load_config
-from experiments.recipe import settings_of
+from experiments.recipe import is_base_there, settings_of
 from tests.toys import ROOT
 
 RUNS = ("stage1", "stage2", "stage3", "generator", "decoder")
@@ -49,6 +49,16 @@ def test_the_generator_s_phases_fit_into_any_number_of_steps(steps: int) -> None
 def test_a_number_of_steps_that_is_none_is_named(steps: str) -> None:
     with pytest.raises(ConfigError, match=f"steps.stage1={steps}"):
         settings_of(load_config("mini", [f"steps.stage1={steps}"]), "stage1")
+
+
+def test_a_dry_run_leaves_out_a_decoder_that_has_no_model_yet(tmp_path: Path) -> None:
+    recipe = load_config("mini", [f"outputs={tmp_path}"])
+    there = {run: is_base_there(settings_of(recipe, run)) for run in RUNS}
+    assert there == dict.fromkeys(RUNS, True) | {"decoder": False}
+    model = tmp_path / "mini/generator/model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    assert is_base_there(settings_of(recipe, "decoder"))
 
 
 @pytest.fixture(scope="module")
