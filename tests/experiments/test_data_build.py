@@ -235,10 +235,14 @@ def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(large: Path, tmp
     assert kills >= 4 and all_bytes(torn) == all_bytes(whole)
 
 
+# so many that none of these builds is done before it is stopped
+SMALL_UNITS = ("samples_per_shard=2", "resize=200")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_build_cleanly(signum: int, code: int, large: Path, tmp_path) -> None:
-    process = start(large, tmp_path / "out", "samples_per_shard=12", "resize=200")
+    process = start(large, tmp_path / "out", *SMALL_UNITS)
     wait_for(process, tmp_path / "out", ".build/parts/*.json", 2)
     workers = workers_of(process)
     if signum == signal.SIGINT:
@@ -250,13 +254,13 @@ def test_a_signal_stops_the_build_cleanly(signum: int, code: int, large: Path, t
     assert "Traceback" not in output
     assert len(workers) == 2 and not any(worker.is_running() for worker in workers)
     assert list((tmp_path / "out").rglob("*.partial")) == []
-    assert main(arguments(large, tmp_path / "out", "samples_per_shard=12", "resize=200")) == 0
+    assert main(arguments(large, tmp_path / "out", *SMALL_UNITS)) == 0
     assert len(samples_of(tmp_path / "out")) == 144
 
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_build_with_its_name_and_exit_3(large: Path, tmp_path) -> None:
-    process = start(large, tmp_path / "out", "samples_per_shard=12", "resize=200")
+    process = start(large, tmp_path / "out", *SMALL_UNITS)
     wait_for(process, tmp_path / "out", ".build/parts/*.json", 1)
     victim = workers_of(process)[0]
     victim.kill()
