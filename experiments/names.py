@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dcar.errors import CheckpointError
 
-SHIPPED = Path(__file__).parents[1] / "dcar" / "weights"
+SHIPPED = Path(__file__).parents[1] / "dcar/weights"  # weights_io has it too, but imports torch
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
