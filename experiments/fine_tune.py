@@ -90,8 +90,8 @@ def last_checkpoint(config: DictConfig) -> Path:
     return Path(config.output_dir) / "checkpoints" / "last.ckpt"
 
 
-def start_from_base(config: DictConfig) -> Path:
-    """Complete the configuration by what is fine-tuned, and tell where that is."""
+def start_from_base(config: DictConfig) -> Model:
+    """The base; the configuration is completed by it, `init_from` becomes where it lies."""
     if config.tokenizer_from is not None:
         raise ConfigError(
             f"tokenizer_from={config.tokenizer_from}: the base's own is used; "
@@ -105,7 +105,7 @@ def start_from_base(config: DictConfig) -> Path:
     saved = read_checkpoint(path, mapped=True)["dcar"] if path.is_file() else None
     config.tokenizer_from = saved["tokenizer_from"] if saved else str(path)
     config.init_from = str(path)
-    return path
+    return base
 
 
 def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
@@ -113,10 +113,43 @@ def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
 
     Returns the last logged metrics by name. Raises CheckpointError for a base that cannot be used.
     """
-    path = start_from_base(config)
+    start_from_base(config)
     metrics = train(config, options)
     if not options.dry_run:
-        rank_zero_info(f"{Path(config.output_dir) / 'model'}: all weights of {path}, fine-tuned")
+        folder = Path(config.output_dir) / "model"
+        rank_zero_info(f"{folder}: all weights of {config.init_from}, fine-tuned")
+    return metrics
+
+
+def start_with_new_head(config: DictConfig) -> None:
+    """Complete the configuration by the base, whose residual head a new one takes the place of.
+
+    Raises ConfigError where more of the generator is given than its residual head.
+    """
+    head, given = config.generator.residual_head, config.sampler
+    if config.generator.transformer != {"dim": None}:
+        raise ConfigError(
+            "generator is that of what is fine-tuned and cannot be given, but for "
+            "generator/residual_head and what is under generator.residual_head"
+        )
+    config.generator = config.sampler = None
+    base = start_from_base(config)
+    sizes = {name: getattr(base.tokenizer, name) for name in ("latent_channels", "num_codes")}
+    take_from(config, sizes | {"size": base.size}, tuple(sizes))
+    OmegaConf.update(config, "generator.residual_head", head, merge=False, force_add=True)
+    config.sampler = base.config["sampler"] | dict(given)
+
+
+def residual_head(config: DictConfig, options: RunOptions) -> dict[str, float]:
+    """Train a new residual head for a finished generator, then write `model`, the base with it.
+
+    Returns the last logged metrics by name. Raises CheckpointError for a base that cannot be used.
+    """
+    start_with_new_head(config)
+    metrics = train(config, options)
+    if not options.dry_run:
+        folder = Path(config.output_dir) / "model"
+        rank_zero_info(f"{folder}: {config.init_from} with a new residual head")
     return metrics
 
 

@@ -22,7 +22,8 @@ LINES = [
     for line in block.split("\n")
     if line.startswith("python")
 ]
-TRAININGS = ("finetune/decoder", "finetune/lora", "finetune/generator", "finetune/tokenizer")
+PARTS = ("decoder", "lora", "generator", "residual_head", "tokenizer")
+TRAININGS = [f"finetune/{part}" for part in PARTS]
 SHORT = ["max_steps=2", "warmup_steps=1", "batch_size=4", "val_every=2", "data.num_workers=0"]
 SHORT += ["trainer.precision=32-true", "+trainer.limit_val_batches=2", "fid_features=null"]
 FEW = ["images=32", "data.num_workers=0"]

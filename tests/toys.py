@@ -82,14 +82,14 @@ def toy_tokenizer(norm: str = "bn2d", **quantizer: Any) -> HybridTokenizer:
 
 
 def toy_generator(
-    scale: float | None = 0.1, caption_drop: float = 0.1, depth: int = 2
+    scale: float | None = 0.1, caption_drop: float = 0.1, depth: int = 2, width: int = 16
 ) -> HybridGenerator:
     return HybridGenerator(
         transformer=MaskedTransformer(
             num_codes=CODES, dim=16, depth=depth, heads=2, text_dim=8, text_tokens=16, base_grid=4
         ),
         residual_head=ResidualHead(
-            channels=CHANNELS, dim=16, width=16, depth=1, scale=scale, sample_steps=4
+            channels=CHANNELS, dim=16, width=width, depth=1, scale=scale, sample_steps=4
         ),
         caption_drop=caption_drop,
     )

@@ -1,7 +1,7 @@
 """What every training module shares beside its steps: random draws, weights, checkpoints."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,17 @@ class BaseModule(SteppingModule):
                 f"{path} was written by {checkpoint['dcar']['module']}; "
                 f"{type(self).__name__} starts from {' or '.join(expected)}"
             )
+        self.take_weights(adapt(checkpoint["network"]), source=path, without=without)
+        return checkpoint["state_dict"]
+
+    def take_weights(
+        self, state: Mapping[str, Tensor], *, source: str | Path, without: tuple[str, ...] = ()
+    ) -> None:
+        """Weights of `source` for the whole network but for its parts `without`."""
         prefixes = tuple(f"{part}." for part in without)
         own = {k: v for k, v in self.network.state_dict().items() if k.startswith(prefixes)}
-        given = {
-            k: v for k, v in adapt(checkpoint["network"]).items() if not k.startswith(prefixes)
-        }
-        load_strictly(self.network, own | given, source=path)
-        return checkpoint["state_dict"]
+        given = {k: v for k, v in state.items() if not k.startswith(prefixes)}
+        load_strictly(self.network, own | given, source=source)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["dcar"] = {

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from dcar.errors import CheckpointError
 from dcar.evaluation.metrics import GenerationMetrics
-from dcar.lit.base import BaseModule
+from dcar.lit.base import BaseModule, train_only
 from dcar.lit.frozen import Frozen
 from dcar.lit.precompute import check_tokens, describe_tokens
 from dcar.lit.stepping import Losses
-from dcar.models.checkpoints import Model, load_model, load_strictly, load_tokenizer
+from dcar.lit.token_cache import TokenCache
+from dcar.models.checkpoints import Model, load_model, load_tokenizer
 from dcar.models.deepening import deepen as deepen_blocks
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
-from dcar.models.precision import without_autocast
 from dcar.models.residual_head import BaseResidualHead
-from dcar.models.sampler import SamplerSettings, Tokens, sample
+from dcar.models.sampler import SamplerSettings, Tokens, draw_residual, sample
 from dcar.models.tokenizer import HybridTokenizer
 
 
@@ -44,27 +44,6 @@ def _check_text_encoder(encoder: Any, generator: HybridGenerator) -> None:
         )
 
 
-class TokenCache:
-    """Ids and residuals of images already tokenised, by key, in half precision on the CPU."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def missing(self, keys: Sequence[str]) -> list[int]:
-        """Rows of a batch whose keys are not known yet."""
-        return [row for row, key in enumerate(keys) if key not in self.entries]
-
-    def get(self, keys: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The batch's ids and residuals; every key is known."""
-        ids, residual = zip(*(self.entries[key] for key in keys), strict=True)
-        with without_autocast(residual[0]):  # on a CPU in bf16 it stacks no fp16
-            return torch.stack(ids).to(device), torch.stack(residual).to(device).float()
-
-    def put(self, keys: Sequence[str], ids: Tensor, residual: Tensor) -> None:
-        half = residual.half().cpu()
-        self.entries.update(zip(keys, zip(ids.cpu(), half, strict=True), strict=True))
-
-
 class MaskedARGenerator(BaseModule):
     """Trains `generator` on tokens of images (B, 3, S, S) in [-1, 1] with captions.
 
@@ -81,12 +60,17 @@ class MaskedARGenerator(BaseModule):
     init_from: a checkpoint of this module, at any resolution (positions are computed), or a model
         folder.
     deepen: `init_from` may have fewer blocks: copies that add nothing yet make up for the others.
+    head_alone: a new residual head learns from the finished generator of `init_from`, all of whose
+        own weights stay: from hidden states of whole pictures, no token of them masked. Validation
+        logs `explained`, the share of the residual's energy that is drawn by `sampler`. Raises
+        ValueError without a residual head.
     scale_batches: batches that measure the residual's standard deviation before the first step,
         at this resolution, unless the head was built with a scale.
     cache_tokens: tokenise each image of a set once; needs a transform without randomness, and keys
         that differ within the set (a mixture is one set).
     val_names: of the validation sets in order; cross-entropy with right and shuffled captions is
-        logged for each, gFID for the first, from `fid_images` samples (0 for none).
+        logged for each (not with `head_alone`), gFID for the first, from `fid_images` samples (0
+        for none).
     """
 
     network: nn.ModuleDict
@@ -102,6 +86,7 @@ class MaskedARGenerator(BaseModule):
         size: int,
         init_from: str | Path | None = None,
         deepen: bool = False,
+        head_alone: bool = False,
         scale_batches: int = 32,
         cache_tokens: bool = False,
         fid_images: int = 0,
@@ -136,8 +121,16 @@ class MaskedARGenerator(BaseModule):
         self.tokenizer_from, self.tokenizer_module = tokenizer_from, "random weights"
         if tokenizer_from is not None:
             _, self.tokenizer_module = load_tokenizer(tokenizer_from, into=tokenizer)
+        self.head_alone = head_alone
         if init_from is not None:
             self._start_from(init_from, self._deepened if deepen else dict)
+        if head_alone:
+            if head is None:
+                raise ValueError(
+                    "head_alone=True: generator/residual_head=none is no head to train"
+                )
+            train_only(self.network, ())
+            head.requires_grad_(True).train()
 
     def _deepened(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
@@ -146,13 +139,14 @@ class MaskedARGenerator(BaseModule):
             raise CheckpointError(f"init_from cannot be deepened: {error}") from error
 
     def _start_from(self, path: str | Path, adapt: Callable[..., dict[str, Tensor]]) -> None:
+        new = ("generator.residual_head",) if self.head_alone else ()
         if not Path(path).is_dir():
-            self.load_network(path, expected=("MaskedARGenerator",), adapt=adapt)
+            self.load_network(path, expected=("MaskedARGenerator",), adapt=adapt, without=new)
             return
         model = load_model(path)
-        load_strictly(self.generator, adapt(model.generator.state_dict()), source=path)
-        if self.frozen_text is None:
-            load_strictly(self.text_encoder, model.text_encoder.state_dict(), source=path)
+        parts = {name: getattr(model, name).state_dict() for name in self.network}
+        state = {f"{name}.{key}": value for name in parts for key, value in parts[name].items()}
+        self.take_weights(adapt(state), source=path, without=new)
 
     @property
     def generator(self) -> HybridGenerator:
@@ -272,9 +266,13 @@ class MaskedARGenerator(BaseModule):
     def _autocast(self) -> AbstractContextManager[None]:
         return self.trainer.precision_plugin.forward_context()
 
+    @property
+    def _losses(self) -> Callable[..., dict[str, Tensor]]:
+        return self.generator.residual_losses if self.head_alone else self.generator.losses
+
     def losses(self, batch: dict[str, Any], batch_idx: int) -> Iterator[Losses]:
         text, text_mask = self._text(batch)  # (B, L, E), (B, L)
-        terms = self.generator.losses(
+        terms = self._losses(
             batch["ids"], batch["residual"], text, text_mask, self.draws(batch_idx)
         )
         yield Losses(0, terms["loss"], terms)
@@ -288,17 +286,19 @@ class MaskedARGenerator(BaseModule):
     ) -> None:
         """Losses with every caption kept: right ones, then each image with its neighbour's.
 
+        With `head_alone` those of the head, and the mean over batches of what it explains.
+
         The neighbour of an image alone in its batch is the last one of the batch before.
         """
         text, text_mask = self._text(batch)
         name, weight = self.val_names[dataloader_idx], len(batch["caption"])
-        right = self._validation_losses(batch, text, text_mask, batch_idx)
-        others = text.roll(1, 0), text_mask.roll(1, 0)
-        if len(text) == 1 and self._neighbour is not None:
-            others = self._neighbour
-        self._neighbour = text[-1:], text_mask[-1:]
-        wrong = self._validation_losses(batch, *others, batch_idx)
-        terms = dict(right) | {"token_shuffled": wrong["token"]}
+        terms = self._validation_losses(batch, text, text_mask, batch_idx)
+        if self.head_alone:
+            terms["explained"] = self._explained(batch, text, text_mask)
+        else:
+            others = self._others(text, text_mask)
+            wrong = self._validation_losses(batch, *others, batch_idx)
+            terms["token_shuffled"] = wrong["token"]
         for key, value in terms.items():
             self.log(
                 f"{name}/{key}",
@@ -311,13 +311,34 @@ class MaskedARGenerator(BaseModule):
         if dataloader_idx == 0:
             self._update_fid(batch, text, text_mask)
 
+    def _others(self, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """For each image the caption before."""
+        others = text.roll(1, 0), text_mask.roll(1, 0)
+        if len(text) == 1 and self._neighbour is not None:
+            others = self._neighbour
+        self._neighbour = text[-1:], text_mask[-1:]
+        return others
+
     def _validation_losses(
         self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
     ) -> dict[str, Tensor]:
         draws = Draws(batch_idx, self.device, rank=self.global_rank, world=self.trainer.world_size)
-        return self.generator.losses(
+        return self._losses(
             batch["ids"], batch["residual"], text, text_mask, draws, caption_drop=0.0
         )
+
+    def _explained(self, batch: dict[str, Any], text: Tensor, text_mask: Tensor) -> Tensor:
+        """The share of the residual's energy that the head draws, a scalar, 1 at best."""
+        drawn = draw_residual(
+            self.generator,
+            text,
+            text_mask,
+            ids=batch["ids"],
+            seeds=list(range(len(text))),
+            settings=self.sampler,
+        )
+        error = (batch["residual"] - drawn).square().sum()
+        return 1 - error / batch["residual"].square().sum()
 
     def _update_fid(self, batch: dict[str, Any], text: Tensor, text_mask: Tensor) -> None:
         """Draw so many of the batch that all ranks come to at least `fid_images`, a seed each."""

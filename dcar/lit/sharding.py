@@ -95,7 +95,8 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, *, module_name: str) -> 
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for unit in head:
         register_fsdp_forward_method(unit, "loss")
-    register_fsdp_forward_method(generator, "losses")
+    for method in ("losses", "residual_losses"):
+        register_fsdp_forward_method(generator, method)
     _prefetch([generator, *head, *reversed(blocks), *reversed(keys_values), generator])
     for name, part in network.named_children():
         if name != "generator":

@@ -5,7 +5,6 @@ B batch, S image side, C latent channels, H W latent grid, K codebook size.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +29,7 @@ from dcar.models.quantizer import (
     codebook_usage,
     count_codes,
 )
-from dcar.models.sampler import sample
+from dcar.models.sampler import draw_residual
 from dcar.models.tokenizer import HybridTokenizer, Latents
 
 
@@ -289,26 +288,16 @@ class ResidualDrawer:
             raise ValueError("the model of drawn_by draws no residuals")
         self.generator, self.text_encoder = Frozen(model.generator), Frozen(model.text_encoder)
         self.parts = [self.generator, self.text_encoder]
-        # the hidden states of one forward pass in which no token is hidden, so none is drawn
-        self.settings = replace(
-            model.sampler,
-            guidance=0.0,
-            randomize_temperature=0.0,
-            residual_guidance=model.sampler.guidance_of_residual,
-            residual_condition="last_step",
-        )
+        self.settings = model.sampler
 
     def __call__(self, ids: Tensor, captions: Sequence[str], draws: Draws) -> Tensor:
         """(B, C, H, W) for ids (B, H, W) and B captions."""
         text, mask = self.text_encoder(captions)
-        residual = sample(
+        return draw_residual(
             self.generator.module,
             text,
             mask,
-            grid=(ids.shape[1], ids.shape[2]),
+            ids=ids,
             seeds=draws.randint(2**31, len(ids)).tolist(),
             settings=self.settings,
-            initial_ids=ids,
-        ).residual
-        assert residual is not None
-        return residual
+        )

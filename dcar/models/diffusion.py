@@ -79,14 +79,17 @@ def add_noise(schedule: NoiseSchedule, start: Tensor, noise: Tensor, step: Tenso
 def predicted_start(
     schedule: NoiseSchedule,
     noisy: Tensor,
-    predicted_noise: Tensor,
+    predicted: Tensor,
     step: Tensor,
     *,
     clip: float,
+    prediction: str = "noise",
 ) -> Tensor:
-    """x_0 from x_t and the predicted noise, limited to [-clip, clip]; 0 for no limit."""
-    signal, noise = schedule.signal[step][:, None], schedule.noise[step][:, None]
-    start = (noisy - noise * predicted_noise) / signal
+    """x_0 from x_t and what is predicted of it, limited to [-clip, clip]; 0 for no limit."""
+    start = predicted
+    if prediction == "noise":
+        signal, noise = schedule.signal[step][:, None], schedule.noise[step][:, None]
+        start = (noisy - noise * predicted) / signal
     return start.clamp(-clip, clip) if clip else start
 
 
@@ -111,10 +114,11 @@ def ancestral_step(
     *,
     clip: float,
     temperature: float = 1.0,
+    prediction: str = "noise",
 ) -> Tensor:
     """x_t-1 from x_t (M, C) and the network's output (M, 2C); noise None at t = 0."""
-    predicted_noise, raw_variance = output.chunk(2, dim=1)
-    start = predicted_start(schedule, noisy, predicted_noise, step, clip=clip)
+    predicted, raw_variance = output.chunk(2, dim=1)
+    start = predicted_start(schedule, noisy, predicted, step, clip=clip, prediction=prediction)
     mean = posterior_mean(schedule, start, noisy, step)
     if noise is None:
         return mean
@@ -123,25 +127,39 @@ def ancestral_step(
 
 
 def diffusion_loss(
-    schedule: NoiseSchedule, start: Tensor, noise: Tensor, step: Tensor, output: Tensor
+    schedule: NoiseSchedule,
+    start: Tensor,
+    noise: Tensor,
+    step: Tensor,
+    output: Tensor,
+    *,
+    prediction: str = "noise",
 ) -> Tensor:
-    """Squared error of the noise plus the variational bound in bits, per row: (M,).
+    """Squared error of the prediction plus the variational bound in bits, per row: (M,).
 
-    The bound trains the variance alone: its mean comes from the detached noise prediction.
+    prediction: "noise" or "start" (x_0), whichever the first half of `output` (M, 2C) is. The bound
+    trains the variance alone: its mean comes from the detached prediction.
     """
-    predicted_noise, raw_variance = output.chunk(2, dim=1)
+    predicted, raw_variance = output.chunk(2, dim=1)
     noisy = add_noise(schedule, start, noise, step)
-    detached = torch.cat([predicted_noise.detach(), raw_variance], dim=1)
-    bound = _variational_bound(schedule, start, noisy, step, detached)
-    return (noise - predicted_noise).square().mean(1) + bound
+    guess = predicted_start(
+        schedule, noisy, predicted.detach(), step, clip=0.0, prediction=prediction
+    )
+    bound = _variational_bound(schedule, start, noisy, step, guess, raw_variance)
+    target = start if prediction == "start" else noise
+    return (target - predicted).square().mean(1) + bound
 
 
 def _variational_bound(
-    schedule: NoiseSchedule, start: Tensor, noisy: Tensor, step: Tensor, output: Tensor
+    schedule: NoiseSchedule,
+    start: Tensor,
+    noisy: Tensor,
+    step: Tensor,
+    guess: Tensor,
+    raw_variance: Tensor,
 ) -> Tensor:
-    predicted_noise, raw_variance = output.chunk(2, dim=1)
+    """guess (M, C): of x_0."""
     true_mean = posterior_mean(schedule, start, noisy, step)
-    guess = predicted_start(schedule, noisy, predicted_noise, step, clip=0.0)
     mean = posterior_mean(schedule, guess, noisy, step)
     log_variance = learned_log_variance(schedule, raw_variance, step)
     true_log_variance = schedule.posterior_log_variance[step][:, None]

@@ -93,6 +93,29 @@ class HybridGenerator(nn.Module):
         own = term if self.residual_positions == "all" else term * masked / mask.sum()
         return {"loss": loss + self.residual_weight * term, **terms, "residual": own}
 
+    def residual_losses(
+        self,
+        ids: Tensor,
+        residual: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        draws: Draws,
+        *,
+        caption_drop: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Scalars `loss` and `residual`, the same one: of the residual head, with no token masked.
+
+        For a head that learns from a finished transformer, whose hidden states of a whole picture
+        are what `residual_condition="extra_forward"` gives the head in sampling. Arguments are
+        those of `losses`. The mean is over this batch.
+        """
+        assert self.residual_head is not None
+        drop = self.caption_drop if caption_drop is None else caption_drop
+        hidden = self.transformer(ids, self._drop_captions(text, drop, draws), text_mask).hidden
+        target = rearrange(residual, "b c h w -> b (h w) c")
+        loss = self.residual_head.loss(target, hidden, draws, ids=ids.flatten(1))
+        return {"loss": loss, "residual": loss}
+
     def _draw_mask(self, ids: Tensor, draws: Draws) -> Tensor:
         batch, tokens = ids.flatten(1).shape
         ratio = mask_ratio(draws.rand(batch), self.mask_schedule)

@@ -8,7 +8,8 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,12 @@ from torch import Tensor, nn
 from dcar.models.denoiser import Denoiser
 from dcar.models.diffusion import add_noise, ancestral_step, diffusion_loss, noise_schedule
 from dcar.models.draws import Draws, RowDraws
+from dcar.models.noise import ImageNoise
 from dcar.models.precision import without_autocast
 
 # (noisy rows (M, C), step as the network is told it (1,)) -> network output (M, outputs)
 Denoise = Callable[[Tensor, Tensor], Tensor]
-# flow times in [0, 1] are shown to the time embedding in the range it was made for
-_TIME_UNITS = 1000.0
-
-
-class Noise(Protocol):
-    """A source of noise per image, `dcar.models.noise.ImageNoise`."""
-
-    def randn(self, *shape: int) -> Tensor: ...
+_TIME_UNITS = 1000.0  # the time embedding's range: flow times are in [0, 1]
 
 
 class BaseResidualHead(nn.Module, ABC):
@@ -152,7 +147,7 @@ class BaseResidualHead(nn.Module, ABC):
         self,
         hidden: Tensor,
         *,
-        noise: Noise,
+        noise: ImageNoise,
         ids: Tensor | None = None,
         guidance: float = 0.0,
         hidden_uncond: Tensor | None = None,
@@ -244,13 +239,16 @@ class BaseResidualHead(nn.Module, ABC):
 
 
 class ResidualHead(BaseResidualHead):
-    """The denoiser as an iDDPM: cosine schedule, noise prediction, learned-range variance.
+    """The denoiser as an iDDPM: cosine schedule, learned-range variance.
 
-    `clip_denoised` limits the predicted residual at every sampling step, in units of scale: 1 is
-    the authors' limit, and cuts a third of the values where scale is a standard deviation; 0 is
-    none (MAR). Without one the first step, whose input is all noise, can throw a prediction far off
-    (docs/method.md section 7.1). Raises ValueError for a negative one, and unless
-    1 <= sample_steps <= train_steps.
+    prediction: "noise" (the authors') or "start", x_0 itself: the same diffusion, but only the
+    second says what to expect where all is noise, as at the first step of sampling. With one step
+    the mean of the residual is drawn (docs/method.md section 7.1).
+
+    `clip_denoised` limits the predicted x_0 at every sampling step, in units of scale: 1 is the
+    authors' limit, and cuts a third of the values where scale is a standard deviation; 0 is none
+    (MAR), with which predicted noise throws the first step far off. Raises ValueError for a
+    negative one, for another prediction, and unless 1 <= sample_steps <= train_steps.
     """
 
     def __init__(
@@ -267,6 +265,7 @@ class ResidualHead(BaseResidualHead):
         batch_mul: int = 4,
         full_precision: bool = True,
         num_codes: int | None = None,
+        prediction: str = "noise",
     ):
         super().__init__(
             channels=channels,
@@ -280,6 +279,9 @@ class ResidualHead(BaseResidualHead):
             num_codes=num_codes,
         )
         self.train_steps, self.sample_steps = train_steps, sample_steps
+        if prediction not in ("noise", "start"):
+            raise ValueError(f"prediction {prediction!r} is neither 'noise' nor 'start'")
+        self.prediction = prediction
         if not clip_denoised >= 0:
             raise ValueError(f"clip_denoised {clip_denoised} is below 0")
         self.clip_denoised = float(clip_denoised)  # True of older configs is 1, False none
@@ -293,7 +295,7 @@ class ResidualHead(BaseResidualHead):
         schedule = noise_schedule(self.train_steps, self.train_steps, start.device)
         step, noise = draws.randint(self.train_steps), draws.randn(self.channels)
         output = denoise(add_noise(schedule, start, noise, step), step)  # (M, 2C)
-        return diffusion_loss(schedule, start, noise, step, output)
+        return diffusion_loss(schedule, start, noise, step, output, prediction=self.prediction)
 
     def _sample_rows(
         self,
@@ -308,20 +310,19 @@ class ResidualHead(BaseResidualHead):
         clip = self.clip_denoised if clip is None else clip
         drawn = noise(steps)  # (steps, M, C), the first for the start
         schedule = noise_schedule(self.train_steps, steps, drawn.device)
+        step_back = partial(ancestral_step, clip=clip, temperature=temperature)
         indices = torch.arange(steps, device=drawn.device)
         noisy = drawn[0]
         for index in reversed(range(steps)):
             step = indices[index : index + 1]
             output = denoise(noisy, schedule.timesteps[index : index + 1])
             fresh = drawn[steps - index] if index else None
-            noisy = ancestral_step(
-                schedule, noisy, output, step, fresh, clip=clip, temperature=temperature
-            )
+            noisy = step_back(schedule, noisy, output, step, fresh, prediction=self.prediction)
         return noisy
 
     def _guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        noise, raw_variance = conditional.chunk(2, dim=1)
-        guided = noise + guidance * (noise - unconditional[:, : self.channels])
+        predicted, raw_variance = conditional.chunk(2, dim=1)
+        guided = predicted + guidance * (predicted - unconditional[:, : self.channels])
         return torch.cat([guided, raw_variance], dim=1)  # the variance stays unguided
 
 

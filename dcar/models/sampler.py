@@ -4,7 +4,7 @@ B images, H W token grid, N = H*W, T steps, K codebook size, C latent channels, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +194,36 @@ def sample(
             keep.to(residual.device)[:, None], initial_residual.to(residual), residual
         )
     return Tokens(ids, residual)
+
+
+def draw_residual(
+    generator: HybridGenerator,
+    text: Tensor,
+    text_mask: Tensor,
+    *,
+    ids: Tensor,
+    seeds: Sequence[int],
+    settings: SamplerSettings,
+) -> Tensor:
+    """The residual (B, C, H, W) that the head draws for finished ids (B, H, W).
+
+    From the hidden states of one forward pass in which no token is masked; `settings` beyond those
+    of the residual play no part. Raises ValueError as `sample` does.
+    """
+    settings = replace(
+        settings,
+        steps=1,  # with all ids given that is the forward pass, and draws none of them
+        guidance=0.0,
+        residual_guidance=settings.guidance_of_residual,
+        residual_condition="last_step",
+    )
+    grid = (ids.shape[1], ids.shape[2])
+    tokens = sample(
+        generator, text, text_mask, grid=grid, seeds=seeds, settings=settings, initial_ids=ids
+    )
+    if tokens.residual is None:
+        raise ValueError("draw_residual needs a residual head and residual_refinement")
+    return tokens.residual
 
 
 def _unmask(

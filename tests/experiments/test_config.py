@@ -12,6 +12,7 @@ from experiments.config import (
     first_comment,
     load_config,
 )
+from experiments.fine_tune import start_with_new_head
 
 REQUIRED = {"sample": ["prompt=x"]}
 
@@ -63,7 +64,8 @@ def test_shards_of_one_s_own_must_be_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["finetune/lora", "finetune/generator", "finetune/decoder", "finetune/tokenizer"]
+    "name",
+    [f"finetune/{part}" for part in ("lora", "generator", "residual_head", "decoder", "tokenizer")],
 )
 def test_a_key_that_an_experiment_leaves_open_must_be_given(name: str) -> None:
     with pytest.raises(ConfigError, match="init_from must be given: add init_from=VALUE"):
@@ -193,3 +195,10 @@ def test_validation_comes_every_so_many_steps_whatever_is_accumulated() -> None:
 def test_a_part_of_what_is_fine_tuned_cannot_be_chosen(name: str, override: str) -> None:
     with pytest.raises(ConfigError, match="takes its .* from|has no choice of sampler"):
         load_config(name, ["init_from=mini", "data_root=x", override])
+
+
+@pytest.mark.parametrize("override", ["generator.transformer.dim=64", "num_codes=9"])
+def test_of_a_finished_generator_the_residual_head_alone_can_be_chosen(override: str) -> None:
+    config = load_config("finetune/residual_head", ["init_from=mini", "data_root=x", override])
+    with pytest.raises(ConfigError, match="is that of what is fine-tuned and cannot be given"):
+        start_with_new_head(config)

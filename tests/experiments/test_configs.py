@@ -21,6 +21,7 @@ GIVEN = {
     "finetune/tokenizer": ["init_from=x"],
     "finetune/retokenize": ["init_from=x", "tokenizer_from=y"],
     "finetune/generator": ["init_from=x"],
+    "finetune/residual_head": ["init_from=x"],
     "finetune/merge": ["init_from=x", "adapter=x", "out=x"],
     "lineage": ["ckpt=x"],
     "debug/replay": ["record=x"],

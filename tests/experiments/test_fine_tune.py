@@ -3,6 +3,7 @@
 import json
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dcar.models.draws import Draws
 from dcar.models.fingerprint import fingerprint
 from experiments.components import build
 from experiments.config import load_config
-from experiments.fine_tune import find_base, start_from_base
+from experiments.fine_tune import find_base, start_from_base, start_with_new_head
 from experiments.run import RunOptions, main
 from experiments.train import build_trainer
 from tests.toys import (
@@ -117,7 +118,7 @@ def test_adapters_learn_a_style_and_its_held_out_pictures_gain(tmp_path: Path) -
     assert sum(after.values()) < sum(before.values())
 
 
-@pytest.mark.parametrize("exp", ["generator", "lora", "decoder", "tokenizer"])
+@pytest.mark.parametrize("exp", ["generator", "residual_head", "lora", "decoder", "tokenizer"])
 def test_a_base_that_is_not_there_is_named_by_its_setting(exp: str, tmp_path: Path, capsys) -> None:
     command = [f"--exp=finetune/{exp}", "init_from=nowhere", "data=emoji", f"outputs={tmp_path}"]
     assert main(command) == 2
@@ -143,6 +144,47 @@ def test_all_weights_of_a_model_go_on_from_where_they_are(base: Path, tmp_path: 
     assert kept == (fingerprint(before.generator), fingerprint(before.text_encoder))
     assert moved[0] != kept[0] and moved[1] != kept[1]
     assert again == moved  # from the checkpoint that the second left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head", "has_one"), [("diffusion", True), ("flow", False)])
+def test_a_finished_generator_gets_a_new_residual_head(
+    head: str, has_one: bool, tmp_path: Path
+) -> None:
+    """Told the codes, of a width of its own; of the sampler's settings those of the head are new.
+
+    Stopped and gone on with, it is the head of one that was not stopped.
+    """
+    base = toy_model()
+    base.config["sampler"] |= {"residual_refinement": has_one, "residual_clip": 1.5}
+    if not has_one:
+        base.generator.residual_head = None
+        base.config["generator"]["residual_head"] = {"_target_": "types.NoneType"}
+    save_model(base, tmp_path / "base")
+    run = ["--exp=finetune/residual_head", f"init_from={tmp_path}/base", "data=emoji"]
+    run += ["batch_size=4", "data.num_workers=0", "warmup_steps=1", "val_every=2"]
+    run += [f"generator/residual_head={head}", "residual_width=24", "residual_depth=1"]
+    run += ["module.schedule.total_steps=2", "module.scale_batches=1", "sampler.residual_steps=1"]
+    run += ["+trainer.limit_val_batches=1"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert main([*run, "max_steps=2", f"outputs={straight}"]) == 0
+    assert main([*run, "max_steps=1", f"outputs={stopped}"]) == 0
+    assert main([*run, "max_steps=2", f"outputs={stopped}", "--ckpt=auto"]) == 0
+    folder = "finetune/residual_head/model"
+    assert same_files(straight / folder, stopped / folder)
+    before, after = load_model(tmp_path / "base"), load_model(straight / folder)
+    new = after.generator.residual_head
+    assert type(new).__name__ == {"diffusion": "ResidualHead", "flow": "FlowResidualHead"}[head]
+    assert new.denoiser.input.out_features == 24 and new.num_codes == before.tokenizer.num_codes
+    assert bool((new.denoiser.output.weight != 0).any()) and new.scale.isfinite()
+    assert fingerprint(after.generator.transformer) == fingerprint(before.generator.transformer)
+    assert fingerprint(after.text_encoder) == fingerprint(before.text_encoder)
+    assert fingerprint(after.tokenizer) == fingerprint(before.tokenizer)
+    own = {"residual_refinement": True, "residual_clip": None, "residual_steps": 1}
+    own["residual_condition"] = "extra_forward"
+    assert after.sampler == replace(before.sampler, **own)
+    metrics = json.loads((straight / folder).with_name("metrics.json").read_text())["metrics"]
+    assert -10 < metrics["val/explained"] < 1
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -204,14 +246,15 @@ def test_without_peft_the_command_names_the_extra(base: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["generator", "lora", "decoder", "tokenizer"])
+@pytest.mark.parametrize("task", ["generator", "residual_head", "lora", "decoder", "tokenizer"])
 def test_switches_of_memory_and_speed_are_the_run_s_own(task: str, base: Path) -> None:
     """The base was saved without them."""
     switches = ["checkpoint_activations=true", "compile=aot_eager"]
     given = [f"init_from={base}", "train_urls=x", "val_urls=x", f"size={SIZE}"]
     config = load_config(f"finetune/{task}", [*given, *switches])
-    if task == "generator":
-        start_from_base(config)
+    if task in ("generator", "residual_head"):
+        complete = {"generator": start_from_base, "residual_head": start_with_new_head}[task]
+        complete(config)
     module = build(config.module)
     network = module.network if task in ("decoder", "tokenizer") else module.generator
     switched = [part.checkpoint_activations for part in network.modules() if has_switch(part)]

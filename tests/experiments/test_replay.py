@@ -33,6 +33,7 @@ TRAININGS = (
     "finetune/decoder",
     "finetune/generator",
     "finetune/lora",
+    "finetune/residual_head",
     "finetune/tokenizer",
     "generator/",
     "judge",

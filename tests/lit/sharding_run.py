@@ -71,12 +71,18 @@ MUON = partial(MuonAdamW, lr=1e-2, aside=["token_embedding", "transformer.output
 
 
 def toy_module(
-    *, accumulate: int = 1, checkpoint_activations: bool = False, optimizer: Any = ADAMW
+    *,
+    accumulate: int = 1,
+    checkpoint_activations: bool = False,
+    optimizer: Any = ADAMW,
+    head_alone: bool = False,
 ) -> MaskedARGenerator:
     torch.manual_seed(0)
     generator = toy_generator(scale=None, caption_drop=0.3)
     generator.transformer.checkpoint_activations = checkpoint_activations
-    return toy_masked_generator(generator=generator, optimizer=optimizer, accumulate=accumulate)
+    return toy_masked_generator(
+        generator=generator, optimizer=optimizer, accumulate=accumulate, head_alone=head_alone
+    )
 
 
 def fit(
@@ -103,7 +109,8 @@ def fit(
     )
     data = UnevenData(BATCH // module.accumulate, count=IMAGES, world=ranks)
     trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    watch.facts["val_token"] = float(trainer.callback_metrics["val/token"])
+    name = "residual" if module.head_alone else "token"
+    watch.facts[f"val_{name}"] = float(trainer.callback_metrics[f"val/{name}"])
     return watch.facts
 
 
@@ -113,11 +120,13 @@ def main(folder: Path, ranks: int) -> None:
         facts = {
             "one": fit(folder / "one", ranks=1),
             "muon_one": fit(folder / "muon_one", ranks=1, optimizer=MUON),
+            "head_one": fit(folder / "head_one", ranks=1, head_alone=True),
         }
     else:
         facts = {
             "two": fit(folder / "two", ranks=2),
             "muon_two": fit(folder / "muon_two", ranks=2, optimizer=MUON),
+            "head_two": fit(folder / "head_two", ranks=2, head_alone=True),
             "parts": fit(folder / "parts", ranks=2, accumulate=2, checkpoint_activations=True),
             "resumed": fit(
                 folder / "resumed", ranks=2, resume=folder / "two" / "step_00000003.ckpt"

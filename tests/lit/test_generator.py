@@ -13,9 +13,10 @@ from dcar.errors import CheckpointError
 from dcar.evaluation.metrics import GenerationMetrics
 from dcar.lit.averaging import AverageWeights
 from dcar.lit.datamodule import ShardDataModule
-from dcar.lit.generator import MaskedARGenerator, TokenCache
+from dcar.lit.generator import MaskedARGenerator
 from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.models.checkpoints import save_model
+from dcar.models.sampler import draw_residual
 from dcar.models.text_encoder import ByteT5TextEncoder
 from tests.prediction_toys import make_tokens, write_pictures
 from tests.toys import (
@@ -130,17 +131,6 @@ def test_a_stage_1_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
         toy_masked_generator(tokenizer_from=tmp_path / "a.ckpt")
 
 
-def test_tokens_made_once_are_found_again_under_autocast() -> None:
-    cache, ids, residual = TokenCache(), torch.arange(8).view(2, 2, 2), torch.randn(2, 4, 2, 2)
-    cache.put(["a", "b"], ids, residual)
-    assert cache.missing(["b", "c", "a"]) == [1]
-    with torch.autocast("cpu", torch.bfloat16):
-        found, its_residual = cache.get(["b", "a"], torch.device("cpu"))
-    assert torch.equal(found, ids.flip(0)) and torch.equal(
-        its_residual, residual.flip(0).half().float()
-    )
-
-
 def test_weights_of_one_resolution_start_another(tmp_path: Path) -> None:
     trainer = toy_trainer(1)
     low = toy_masked_generator()
@@ -172,6 +162,47 @@ def test_a_deeper_transformer_goes_on_from_a_shallower_one(tmp_path: Path) -> No
         torch.testing.assert_close(ours, theirs)
     with pytest.raises(CheckpointError, match="cannot be deepened: .* 2 blocks .* to 1"):
         toy_masked_generator(generator=toy_generator(depth=1), init_from=path, deepen=True)
+
+
+def trained_checkpoint(folder: Path) -> Path:
+    trainer = toy_trainer(1)
+    trainer.fit(toy_masked_generator(), datamodule=ToyData())
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_new_head_learns_alone_from_a_finished_generator(is_folder: bool, tmp_path: Path) -> None:
+    """The base's own head has another width; scale and head are new, all else is the base's."""
+    save_model(toy_model(), tmp_path / "model")
+    base = tmp_path / "model" if is_folder else trained_checkpoint(tmp_path)
+    wider = toy_generator(scale=None, width=24)
+    module = toy_masked_generator(generator=wider, init_from=base, head_alone=True)
+    theirs = toy_masked_generator(init_from=base).network.state_dict()
+    trainer = toy_trainer(4, limit_val_batches=1.0, val_check_interval=4)
+    trainer.fit(module, datamodule=ToyData())
+    for name, tensor in module.network.state_dict().items():
+        assert torch.equal(tensor, theirs[name]) or name.startswith("generator.residual_head."), (
+            name
+        )
+    head = module.generator.residual_head
+    assert head.scale.isfinite() and bool(head.denoiser.output.weight.any())  # which was zero
+    logged = set(trainer.callback_metrics)
+    assert {"val/residual", "val/explained"} <= logged and "val/token" not in logged
+    batch = module.on_after_batch_transfer(collate([ToyImages(4)[k] for k in range(4)]), 0)
+    text, mask = module.text_encoder(batch["caption"])
+    drawn = draw_residual(
+        module.generator, text, mask, ids=batch["ids"], seeds=range(4), settings=module.sampler
+    )
+    missed = (drawn - batch["residual"]).square().sum() / batch["residual"].square().sum()
+    assert module._explained(batch, text, mask).item() == pytest.approx(1 - missed.item())
+
+
+def test_without_a_head_there_is_none_to_train_alone() -> None:
+    generator = toy_generator()
+    generator.residual_head = None
+    with pytest.raises(ValueError, match="head_alone=True: .*none is no head to train"):
+        toy_masked_generator(generator=generator, head_alone=True)
 
 
 def test_stopping_and_resuming_is_bit_equal(tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_muon_takes_the_steps_of_one_process_on_sharded_ranks(runs: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_head_alone_learns_on_sharded_ranks_what_it_learns_in_one_process(runs: Path) -> None:
+    one, two = (last(runs / f"head_{count}")["state_dict"] for count in ("one", "two"))
+    assert_close(two, one)
+    assert one["network.generator.residual_head.denoiser.output.weight"].abs().max() > 1e-2
+    assert not one["network.generator.transformer.output.weight"].any()  # as it began
+
+
+@pytest.mark.slow
 def test_a_rank_holds_half_the_weights_and_the_norm_is_of_all_gradients(runs: Path) -> None:
     one, two = facts(runs, "one"), facts(runs, "two")
     assert max(two["pieces"]) < 0.51 * max(one["pieces"])

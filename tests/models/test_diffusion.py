@@ -121,6 +121,28 @@ def test_the_loss_of_a_perfect_prediction_is_zero_after_the_first_step() -> None
     assert loss[1:].abs().max() < 1e-4
 
 
+def test_predicting_the_start_is_the_same_diffusion_as_predicting_the_noise() -> None:
+    """The same guess in the other's terms has the same bound and the same step of sampling."""
+    schedule = noise_schedule(1000, 1000)
+    start, noise, step = rows(schedule)
+    guess, raw = start + 0.1 * torch.randn_like(start), torch.rand_like(start) - 0.5
+    noisy = add_noise(schedule, start, noise, step)
+    signal, deviation = (part[step][:, None] for part in (schedule.signal, schedule.noise))
+    as_noise = torch.cat([(noisy - signal * guess) / deviation, raw], dim=1)
+    as_start = torch.cat([guess, raw], dim=1)
+    bounds = []
+    for output, kind, target in ((as_noise, "noise", noise), (as_start, "start", start)):
+        loss = diffusion_loss(schedule, start, noise, step, output, prediction=kind)
+        bounds.append(loss - (output[:, : start.shape[1]] - target).square().mean(1))
+    early = step < 900  # later a noise says its start to few digits
+    assert torch.allclose(*(bound[early] for bound in bounds), rtol=1e-2, atol=1e-3)
+    ends = [
+        ancestral_step(schedule, noisy, output, step, None, clip=0.0, prediction=kind)
+        for output, kind in ((as_noise, "noise"), (as_start, "start"))
+    ]
+    assert torch.allclose(ends[0][early], ends[1][early], atol=1e-3)
+
+
 def test_the_bound_is_the_divergence_of_two_normals_in_bits() -> None:
     schedule = noise_schedule(1000, 1000)
     step, noise = torch.tensor([400]), torch.zeros(1, 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from dcar.models.draws import Draws
@@ -189,6 +190,23 @@ def test_the_residual_loss_trains_the_backbone_too() -> None:
     generator.losses(*data(), Draws(0))["residual"].backward()
     assert bool(generator.transformer.blocks[0].attention.qkv.weight.grad.any())
     assert generator.transformer.output.weight.grad is None  # read before the output layer
+
+
+def test_the_head_alone_learns_from_whole_pictures() -> None:
+    """Its loss is that of hidden states in which every token is seen, whatever would be masked."""
+    generator, (ids, residual, text, text_mask) = build(caption_drop=1.0), data()
+    with torch.no_grad():
+        seen = generator.transformer(ids, text, text_mask).hidden
+        target = rearrange(residual, "b c h w -> b (h w) c")
+        draws = Draws(0)
+        draws.rand(len(ids), 1, 1)  # that of the captions comes first
+        expected = generator.residual_head.loss(target, seen, draws, ids=ids.flatten(1))
+        losses = generator.residual_losses(
+            ids, residual, text, text_mask, Draws(0), caption_drop=0.0
+        )
+        dropped = generator.residual_losses(ids, residual, text, text_mask, Draws(0))
+    assert losses["loss"] == losses["residual"] == expected
+    assert dropped["loss"] != expected
 
 
 def test_the_residual_loss_can_be_kept_to_masked_positions() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dcar.models.diffusion import noise_schedule
@@ -46,6 +47,30 @@ def test_a_head_without_a_scale_refuses_to_train_and_to_sample(kind: type) -> No
         head.sample(hidden, noise=ImageNoise(range(4)))
     head.set_scale(0.2)
     assert head.loss(residual, hidden, Draws(0)).isfinite()
+
+
+def test_a_head_that_predicts_the_start_gives_its_mean_in_one_step() -> None:
+    """From pure noise: the only step at temperature 0 is the network's prediction itself."""
+    head, (_, hidden) = build(ResidualHead, prediction="start", clip_denoised=0.0), data()
+    noise = ImageNoise(range(4)).randn(1, 6, 3)  # (B, 1, N, C)
+    rows = rearrange(noise, "b 1 n c -> (b n) c")
+    condition = head.denoiser.condition_embedding(hidden).flatten(0, 1)
+    mean = head.denoiser(rows, torch.tensor([999]), condition)[:, :3]
+    drawn = head.sample(hidden, noise=ImageNoise(range(4)), temperature=0.0, steps=1)
+    torch.testing.assert_close(drawn, 0.2 * rearrange(mean, "(b n) c -> b n c", b=4))
+
+
+def test_the_start_learns_what_to_expect_where_noise_alone_is_given() -> None:
+    """Residuals of one certain value: a head that predicts them finds it in one step."""
+    torch.manual_seed(0)
+    head, (_, hidden) = build(ResidualHead, prediction="start", clip_denoised=0.0), data()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for step in range(300):
+        optimizer.zero_grad()
+        head.loss(torch.full((4, 6, 3), 0.2), hidden, Draws(step)).backward()
+        optimizer.step()
+    drawn = head.sample(hidden, noise=ImageNoise(range(4)), temperature=0.0, steps=1)
+    assert (drawn - 0.2).abs().max() < 0.05
 
 
 @HEADS
@@ -357,6 +382,7 @@ def test_a_head_learns_a_residual_that_its_condition_decides(kind: type) -> None
         (ResidualHead, {"sample_steps": 2000}, "sample_steps 2000"),
         (ResidualHead, {"batch_mul": 0}, "batch_mul 0"),
         (ResidualHead, {"clip_denoised": -1.0}, "clip_denoised -1.0"),
+        (ResidualHead, {"prediction": "velocity"}, "prediction 'velocity'"),
         (FlowResidualHead, {"solver": "rk9"}, "rk9"),
         (FlowResidualHead, {"sample_steps": 0}, "sample_steps 0"),
     ],
