@@ -246,7 +246,7 @@ def test_a_share_of_a_batch_is_decoded_with_the_residual_that_the_model_draws() 
     draws = Draws(Random("0/0/0").getrandbits(63))  # of the module's first batch
     draws.rand(8)  # the coin between the paths
     noise = ImageNoise(draws.randint(2**31, 4).tolist())
-    noise.rand(3, 2, ids[0].numel())  # the sampler's, of its three steps
+    noise.rand(1, 2, ids[0].numel())  # the sampler's, of the one step
     head = generator.residual_head
     drawn = head.sample(hidden, noise=noise, ids=ids.flatten(1), temperature=0.0)
     expected = rearrange(drawn, "b (h w) c -> b c h w", h=ids.shape[1])
