@@ -23,7 +23,9 @@ class DCARPipeline:
     """A tokenizer, a generator and a text encoder behind one call (docs/method.md section 9).
 
     precision: float32, bfloat16 or float16, of the autocast that everything but the quantizer, the
-        text encoder and a residual head with `full_precision` runs in.
+        text encoder and a residual head with `full_precision` runs in. A CPU without instructions
+        for bfloat16 is many times slower in it.
+    Raises ValueError for another precision, and for a device that is not there.
     """
 
     def __init__(
@@ -31,6 +33,10 @@ class DCARPipeline:
     ):
         if precision not in AUTOCAST:
             raise ValueError(f"precision={precision!r} must be one of {sorted(AUTOCAST)}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # no such kind; torch built without it
+            raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
         self.model, self.device, self.dtype = model, torch.device(device), AUTOCAST[precision]
         for module in (model.tokenizer, model.generator, model.text_encoder):
             module.to(self.device).eval()

@@ -105,6 +105,12 @@ def test_pictures_with_nan_in_them_are_an_error_that_says_what_to_do() -> None:
         DCARPipeline(model, precision="float16")("a cat")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device={device}: "):
+        DCARPipeline(toy_model(), device=device)
+
+
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision='int4'"):
         DCARPipeline(toy_model(), precision="int4")
