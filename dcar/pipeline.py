@@ -19,6 +19,14 @@ from dcar.models.sampler import SamplerSettings, Tokens, sample
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def existing_device(name: str | torch.device) -> torch.device:
+    """The device of that name. Raises ValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such kind; torch built without it
+        raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from error
+
+
 class DCARPipeline:
     """A tokenizer, a generator and a text encoder behind one call (docs/method.md section 9).
 
@@ -33,11 +41,7 @@ class DCARPipeline:
     ):
         if precision not in AUTOCAST:
             raise ValueError(f"precision={precision!r} must be one of {sorted(AUTOCAST)}")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # no such kind; torch built without it
-            raise ValueError(f"device={device}: {str(error).splitlines()[0]}") from error
-        self.model, self.device, self.dtype = model, torch.device(device), AUTOCAST[precision]
+        self.model, self.device, self.dtype = model, existing_device(device), AUTOCAST[precision]
         for module in (model.tokenizer, model.generator, model.text_encoder):
             module.to(self.device).eval()
 

@@ -108,17 +108,21 @@ def start_from_base(config: DictConfig) -> Model:
     return base
 
 
+def train_and_tell(config: DictConfig, options: RunOptions, result: str) -> dict[str, float]:
+    """Train, then say what the model folder holds. Returns the last logged metrics by name."""
+    metrics = train(config, options)
+    if not options.dry_run:
+        rank_zero_info(f"{Path(config.output_dir) / 'model'}: {result}")
+    return metrics
+
+
 def generator(config: DictConfig, options: RunOptions) -> dict[str, float]:
     """Train all weights of a finished generator further, then write `model`.
 
     Returns the last logged metrics by name. Raises CheckpointError for a base that cannot be used.
     """
     start_from_base(config)
-    metrics = train(config, options)
-    if not options.dry_run:
-        folder = Path(config.output_dir) / "model"
-        rank_zero_info(f"{folder}: all weights of {config.init_from}, fine-tuned")
-    return metrics
+    return train_and_tell(config, options, f"all weights of {config.init_from}, fine-tuned")
 
 
 def start_with_new_head(config: DictConfig) -> None:
@@ -146,11 +150,7 @@ def residual_head(config: DictConfig, options: RunOptions) -> dict[str, float]:
     Returns the last logged metrics by name. Raises CheckpointError for a base that cannot be used.
     """
     start_with_new_head(config)
-    metrics = train(config, options)
-    if not options.dry_run:
-        folder = Path(config.output_dir) / "model"
-        rank_zero_info(f"{folder}: {config.init_from} with a new residual head")
-    return metrics
+    return train_and_tell(config, options, f"{config.init_from} with a new residual head")
 
 
 def lora(config: DictConfig, options: RunOptions) -> dict[str, float]:

@@ -20,7 +20,7 @@ from dcar.models.checkpoints import (
     load_tokenizer,
     read_checkpoint,
 )
-from dcar.pipeline import DCARPipeline
+from dcar.pipeline import DCARPipeline, existing_device
 from experiments.components import build
 from experiments.config import ConfigError, at_least, check_writable
 from experiments.names import find
@@ -88,11 +88,9 @@ def chosen_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such kind; torch built without it
-        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
-    return device
+        return existing_device(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def output_paths(out: str, count: int) -> list[Path]:

@@ -266,15 +266,9 @@ class MaskedARGenerator(BaseModule):
     def _autocast(self) -> AbstractContextManager[None]:
         return self.trainer.precision_plugin.forward_context()
 
-    @property
-    def _losses(self) -> Callable[..., dict[str, Tensor]]:
-        return self.generator.residual_losses if self.head_alone else self.generator.losses
-
     def losses(self, batch: dict[str, Any], batch_idx: int) -> Iterator[Losses]:
         text, text_mask = self._text(batch)  # (B, L, E), (B, L)
-        terms = self._losses(
-            batch["ids"], batch["residual"], text, text_mask, self.draws(batch_idx)
-        )
+        terms = self._terms(batch, text, text_mask, self.draws(batch_idx))
         yield Losses(0, terms["loss"], terms)
 
     def on_validation_epoch_start(self) -> None:
@@ -323,8 +317,18 @@ class MaskedARGenerator(BaseModule):
         self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
     ) -> dict[str, Tensor]:
         draws = Draws(batch_idx, self.device, rank=self.global_rank, world=self.trainer.world_size)
-        return self._losses(
-            batch["ids"], batch["residual"], text, text_mask, draws, caption_drop=0.0
+        return self._terms(batch, text, text_mask, draws, caption_drop=0.0)
+
+    def _terms(
+        self, batch: dict[str, Any], *given: Any, caption_drop: float | None = None
+    ) -> dict[str, Tensor]:
+        """The generator's losses; given: text, its mask, and the draws."""
+        return self.generator.losses(
+            batch["ids"],
+            batch["residual"],
+            *given,
+            caption_drop=caption_drop,
+            head_alone=self.head_alone,
         )
 
     def _explained(self, batch: dict[str, Any], text: Tensor, text_mask: Tensor) -> Tensor:

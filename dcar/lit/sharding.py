@@ -95,8 +95,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, *, module_name: str) -> 
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for unit in head:
         register_fsdp_forward_method(unit, "loss")
-    for method in ("losses", "residual_losses"):
-        register_fsdp_forward_method(generator, method)
+    register_fsdp_forward_method(generator, "losses")
     _prefetch([generator, *head, *reversed(blocks), *reversed(keys_values), generator])
     for name, part in network.named_children():
         if name != "generator":

@@ -68,6 +68,7 @@ class HybridGenerator(nn.Module):
         draws: Draws,
         *,
         caption_drop: float | None = None,
+        head_alone: bool = False,
     ) -> dict[str, Tensor]:
         """Scalars `loss`, `token`, `accuracy` and, with a residual head, `residual`.
 
@@ -80,41 +81,26 @@ class HybridGenerator(nn.Module):
         others are of this batch alone. In evaluation mode nothing waits for another rank, and
         `token` is the plain cross-entropy of the masked tokens: no label smoothing, no weight on
         the others.
+
+        head_alone: `loss` and `residual` alone, the same one: of the residual head, over all
+        positions of this batch, with no token masked, as a finished transformer shows a picture in
+        sampling with `residual_condition="extra_forward"`.
         """
+        drop = self.caption_drop if caption_drop is None else caption_drop
+        if head_alone:
+            text = self._drop_captions(text, drop, draws)
+            term = self._head_loss(residual, ids, self.transformer(ids, text, text_mask), draws)
+            return {"loss": term, "residual": term}
         mask = self._draw_mask(ids, draws)  # (B, N)
         masked = self._mean_masked(ids, mask, draws)
-        drop = self.caption_drop if caption_drop is None else caption_drop
         text = self._drop_captions(text, drop, draws)
         output = self.transformer(self._hide(ids, mask), text, text_mask)
         loss, terms = self._token_terms(output.logits, ids.flatten(1), mask, masked)
         if self.residual_head is None:
             return {"loss": loss, **terms}
-        term = self._residual_term(residual, ids.flatten(1), output, mask, masked, draws)
+        term = self._residual_term(residual, ids, output, mask, masked, draws)
         own = term if self.residual_positions == "all" else term * masked / mask.sum()
         return {"loss": loss + self.residual_weight * term, **terms, "residual": own}
-
-    def residual_losses(
-        self,
-        ids: Tensor,
-        residual: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
-        draws: Draws,
-        *,
-        caption_drop: float | None = None,
-    ) -> dict[str, Tensor]:
-        """Scalars `loss` and `residual`, the same one: of the residual head, with no token masked.
-
-        For a head that learns from a finished transformer, whose hidden states of a whole picture
-        are what `residual_condition="extra_forward"` gives the head in sampling. Arguments are
-        those of `losses`. The mean is over this batch.
-        """
-        assert self.residual_head is not None
-        drop = self.caption_drop if caption_drop is None else caption_drop
-        hidden = self.transformer(ids, self._drop_captions(text, drop, draws), text_mask).hidden
-        target = rearrange(residual, "b c h w -> b (h w) c")
-        loss = self.residual_head.loss(target, hidden, draws, ids=ids.flatten(1))
-        return {"loss": loss, "residual": loss}
 
     def _draw_mask(self, ids: Tensor, draws: Draws) -> Tensor:
         batch, tokens = ids.flatten(1).shape
@@ -173,10 +159,20 @@ class HybridGenerator(nn.Module):
         masked: Tensor,
         draws: Draws,
     ) -> Tensor:
+        if self.residual_positions == "all":
+            return self._head_loss(residual, ids, output, draws)
+        return self._head_loss(residual, ids, output, draws, mask=mask, count=masked)
+
+    def _head_loss(
+        self,
+        residual: Tensor,
+        ids: Tensor,
+        output: TransformerOutput,
+        draws: Draws,
+        **positions: Tensor,
+    ) -> Tensor:
         assert self.residual_head is not None
         target = rearrange(residual, "b c h w -> b (h w) c")
-        if self.residual_positions == "all":
-            return self.residual_head.loss(target, output.hidden, draws, ids=ids)
         return self.residual_head.loss(
-            target, output.hidden, draws, ids=ids, mask=mask, count=masked
+            target, output.hidden, draws, ids=ids.flatten(1), **positions
         )

@@ -201,10 +201,9 @@ def test_the_head_alone_learns_from_whole_pictures() -> None:
         draws = Draws(0)
         draws.rand(len(ids), 1, 1)  # that of the captions comes first
         expected = generator.residual_head.loss(target, seen, draws, ids=ids.flatten(1))
-        losses = generator.residual_losses(
-            ids, residual, text, text_mask, Draws(0), caption_drop=0.0
-        )
-        dropped = generator.residual_losses(ids, residual, text, text_mask, Draws(0))
+        given = (ids, residual, text, text_mask)
+        losses = generator.losses(*given, Draws(0), caption_drop=0.0, head_alone=True)
+        dropped = generator.losses(*given, Draws(0), head_alone=True)
     assert losses["loss"] == losses["residual"] == expected
     assert dropped["loss"] != expected
 
