@@ -341,8 +341,10 @@ def plan(config: DictConfig, options: RunOptions) -> dict[str, Any]:
     Sizes are in bytes, work in FLOPs, times in seconds or hours. Raises ConfigError for an
     experiment that is no training, a device that is not known, or impossible settings.
     """
-    found = planned(config)
-    show(found, Console())
+    console = Console()
+    with console.status(f"counting the steps of {config.exp}"):
+        found = planned(config)
+    show(found, console)
     if config.out and not options.dry_run:
         with write_atomically(config.out) as file:
             file.write((json.dumps(found, indent=2) + "\n").encode())

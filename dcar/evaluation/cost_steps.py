@@ -19,7 +19,11 @@ from dcar.models.diffusion import noise_schedule
 from dcar.models.discriminator import PatchDiscriminator
 from dcar.models.draws import Draws
 from dcar.models.generator import HybridGenerator
-from dcar.models.losses import TokenizerCriterion, hinge_discriminator_loss
+from dcar.models.losses import (
+    TokenizerCriterion,
+    as_many_logits_as_on_a_gpu,
+    hinge_discriminator_loss,
+)
 from dcar.models.perceptual import BACKBONES, LPIPS, SCALE, SHIFT
 from dcar.models.precision import without_autocast
 from dcar.models.residual_head import BaseResidualHead
@@ -275,7 +279,8 @@ def meter_step(step: Step, batch: int, *, half: torch.dtype | None, as_cuda: boo
         parameter.grad = torch.zeros_like(parameter) if step.holds_gradients else None
     autocast = nullcontext() if half is None else torch.autocast("cpu", dtype=half)
     watched = {name: [module] for name, module in step.parts().items()}
-    with meter.watch(watched), meter.running(), autocast:
+    logits = as_many_logits_as_on_a_gpu() if as_cuda else nullcontext()
+    with meter.watch(watched), meter.running(), autocast, logits:
         step.run(batch, meter.backward)
     drop_gradients(step.networks())
     return meter

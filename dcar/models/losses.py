@@ -4,6 +4,7 @@ B batch, S image side, N tokens, K codebook size.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +86,16 @@ class TokenizerCriterion(nn.Module):
 
 
 LOGITS_AT_ONCE = {"cpu": 2**19}  # that are widened to fp32, where the device is not a GPU
+
+
+@contextmanager
+def as_many_logits_as_on_a_gpu() -> Iterator[None]:
+    """For what counts a GPU's memory with tensors of the CPU."""
+    of_a_cpu = LOGITS_AT_ONCE.pop("cpu")
+    try:
+        yield
+    finally:
+        LOGITS_AT_ONCE["cpu"] = of_a_cpu
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -1,12 +1,13 @@
 """Steps without values cost what real ones do, and real ones what torch's counter says."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,12 +25,13 @@ from dcar.evaluation.cost_steps import (
 from dcar.models.diffusion import noise_schedule
 from dcar.models.discriminator import PatchDiscriminator
 from dcar.models.generator import HybridGenerator
-from dcar.models.losses import LOGITS_AT_ONCE, TokenizerCriterion
+from dcar.models.losses import LOGITS_AT_ONCE, TokenizerCriterion, masked_token_loss
 from dcar.models.perceptual import LPIPS
 from dcar.models.transformer import MaskedTransformer
 from tests.toys import CODES, SIZE, toy_generator, toy_text_encoder, toy_tokenizer
 
 BATCH = 3
+ON_CPU = LOGITS_AT_ONCE["cpu"]
 
 
 def tokenizer_step(**options: Any) -> TokenizerStep:
@@ -101,8 +103,7 @@ def test_flops_of_a_step_are_those_of_torch_s_counter(make) -> None:
         pytest.param(generator_step, torch.float16, marks=pytest.mark.slow),
     ],
 )
-def test_a_step_without_values_costs_what_a_real_one_does(make, half, monkeypatch) -> None:
-    monkeypatch.setitem(LOGITS_AT_ONCE, "meta", LOGITS_AT_ONCE["cpu"])  # it stands for one here
+def test_a_step_without_values_costs_what_a_real_one_does(make, half) -> None:
     real = meter_step(make(), 8 * BATCH, half=half)
     with torch.device("meta"):
         step = make()
@@ -111,6 +112,22 @@ def test_a_step_without_values_costs_what_a_real_one_does(make, half, monkeypatc
     assert fake.flops == real.flops
     assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
     assert set(fake.peak) == set(real.peak)
+
+
+class LossStep(GeneratorStep):
+    """The loss of tokens alone, whose logits take most of the memory."""
+
+    def run(self, batch: int, backward: Callable[[Tensor], None]) -> None:
+        logits = torch.zeros(batch, 1, ON_CPU, dtype=torch.float16, requires_grad=True)
+        mask = torch.ones(batch, 1, dtype=torch.bool)
+        backward(masked_token_loss(logits, mask.long(), mask))
+
+
+def test_a_gpu_widens_more_logits_at_once() -> None:
+    step = LossStep(**vars(generator_step()))
+    on_gpu, on_cpu = (meter_step(step, 4, half=None, as_cuda=gpu) for gpu in (True, False))
+    assert on_gpu.peak_bytes > 1.5 * on_cpu.peak_bytes
+    assert meter_step(step, 4, half=None, as_cuda=False).peak_bytes == on_cpu.peak_bytes
 
 
 @pytest.mark.slow
