@@ -61,10 +61,11 @@ def find(reference: str, outputs: str, *, key: str, models_first: bool = True) -
             f"{given} is no model itself; there are {', '.join(map(str, within))} in it"
         )
     shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
-    possible = map(str, places(reference, outputs, models_first=models_first))
+    folders = dict.fromkeys(map(str, (Path(reference), Path(outputs) / reference)))
     raise CheckpointError(
         f"{given} is no checkpoint, no model that comes with the package ({', '.join(shipped)})"
-        f"{nearest(reference, shipped)}, and there is no {' or '.join(possible)}"
+        f"{nearest(reference, shipped)}, and no folder of a model or a run: there is no "
+        f"config.json, model/config.json or checkpoints/last.ckpt in {' or '.join(folders)}"
     )
 
 
