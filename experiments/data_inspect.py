@@ -14,13 +14,12 @@ from rich.table import Table
 
 from dcar.data import stats as data_stats
 from dcar.data import verify as data_verify
-from dcar.data.build_unit import WORK
 from dcar.data.distributors import Tick
 from dcar.data.images import read_image
 from dcar.data.members import BadSample
 from dcar.data.samples import image_bytes, read_caption
 from dcar.data.shard_set import ShardSet
-from dcar.data.shards import read_manifest
+from dcar.data.shards import WORK, is_unfinished, read_manifest
 from dcar.data.storage import exists, join, name_of, write_atomically
 from dcar.errors import DataError
 from dcar.evaluation.data_charts import Cell, contact_sheet, stats_png
@@ -55,6 +54,8 @@ def verify(config: DictConfig, options: RunOptions) -> data_verify.Report:
     folder = str(config["in"])
     if exists(join(folder, WORK)):
         raise DataError(f"{folder} holds an unfinished build: run the same data/build again")
+    if is_unfinished(folder):
+        raise DataError(f"{folder} is not finished: run what makes it again")
     check_local(config.out)
     with progress(folder) as tick:
         report = data_verify.verify(

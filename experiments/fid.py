@@ -23,7 +23,7 @@ from dcar.data.transforms import ImageTransform
 from dcar.errors import DataError
 from dcar.evaluation.fid import fid_metric
 from dcar.lit.shard_reader import Decode, ShardReader, Source, find_sources
-from dcar.lit.shard_writer import is_unfinished, judge
+from dcar.lit.shard_writer import judge
 from dcar.models.features import fid_features
 from experiments.components import build
 from experiments.config import ConfigError, at_least, check_writable
@@ -65,10 +65,10 @@ class PictureSet:
     def __init__(self, config: DictConfig, name: str):
         self.name, self.config = name, config
         self.urls = cast(dict[str, Any], OmegaConf.to_container(config))[name]
-        self.sources: list[Source] = find_sources(self.urls)
-        for folder in {parent(source.url) for source in self.sources}:
-            if is_unfinished(folder):
-                raise DataError(f"{name}: {folder} is not finished: run what makes it again")
+        try:
+            self.sources: list[Source] = find_sources(self.urls)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
         self.images, self.shape = 0, (0, 0)
 
     def batches(self, decode: Decode) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
 """Samples to a batch. B images, S side, C latent channels, H W latent grid, L text rows, E width.
 
 Batch keys, used by every module:
-  key        list[str]                   name of the sample, unique in its data set
+  key        list[str]                   name of the sample, of which two shards may have the same
+  place      list[str]                   where it lies, by which all samples of its set differ
   caption    list[str]
   image      (B, 3, S, S) uint8          (B, 3, height, width) of a bucket; from `in_unit_range`,
                                          which training calls on the device, float32 in [-1, 1]
@@ -31,7 +32,11 @@ def collate(samples: Sequence[Sample], images: Sequence[Tensor], captions: list[
 
     Raises DataError for tokens that do not fit together, or tokens among pictures.
     """
-    batch: Batch = {"key": [sample.key for sample in samples], "caption": captions}
+    batch: Batch = {
+        "key": [sample.key for sample in samples],
+        "place": [sample.place for sample in samples],
+        "caption": captions,
+    }
     if not any(sample.tokens for sample in samples):
         stacked = torch.stack(list(images)) if images else torch.empty(0, dtype=torch.uint8)
         return batch | {"image": stacked}

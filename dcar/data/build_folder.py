@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dcar.data.build_unit import WORK, Part, part_url, scan_url
-from dcar.data.shards import MANIFEST, read_facts
+from dcar.data.build_unit import Part, part_url, scan_url
+from dcar.data.shards import MANIFEST, WORK, read_facts
 from dcar.data.sources.source import Unit
 from dcar.data.storage import (
     exists,

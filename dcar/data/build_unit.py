@@ -19,14 +19,13 @@ from dcar.data.distributors import Outcome, advance
 from dcar.data.duplicates import perceptual_hash
 from dcar.data.filters import DUPLICATE_KEY, Filters, Picture
 from dcar.data.members import BadSample, check_key
-from dcar.data.shards import ShardEntry, ShardWriter
+from dcar.data.shards import WORK, ShardEntry, ShardWriter
 from dcar.data.sources.source import Record, Source, Unit
 from dcar.data.storage import join, name_of, read_bytes, write_atomically
 from dcar.errors import DataError
 
 HASHED_EDGE = 32  # pixels; all that the hash looks at
 BAD_KEY = "bad key"
-WORK = ".build"
 SHOWN = 3  # samples left out for a reason that are told by name
 T = TypeVar("T")
 

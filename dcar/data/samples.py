@@ -32,6 +32,8 @@ class Sample:
         for a sample of tokens.
     tokens: ids (H, W), residual (C, H, W) and perhaps text (rows, E), as stored.
     captions: further ones by name, from caption shards.
+    place: where it lies in the data set of a stream, "" where nobody said; two shards may have one
+        key, but not one place.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Sample:
     pixels: np.ndarray | None
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
+    place: str = ""
 
     def choose_caption(self, weights: Mapping[str, float], rng: random.Random) -> str:
         """One of the captions by weight; the shard's own where none of the names is there."""

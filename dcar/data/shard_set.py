@@ -123,7 +123,8 @@ class ShardSet:
     captions: folders of caption shards: the same shard names and keys, `json` members that hold
         {"captions": {name: words}}.
     cache: where remote shards are kept, and the schemes of URLs that may be opened.
-    Raises FileNotFoundError for missing shards, ValueError for a scheme that is not allowed.
+    Raises FileNotFoundError for missing shards, ValueError for a scheme that is not allowed, and
+    for two shards of one name where there are captions.
     """
 
     def __init__(
@@ -149,6 +150,13 @@ class ShardSet:
         self.shards = OpenShards(self.cache)
 
     def _check_captions(self, folder: str) -> None:
+        first: dict[str, str] = {}
+        for url in self.urls:
+            if (other := first.setdefault(name_of(url), url)) != url:
+                raise ValueError(
+                    f"captions={folder}: {other} and {url} have the same name, so that their "
+                    "captions cannot be told apart"
+                )
         names = set(read_manifest(folder)) or {name_of(url) for url in list_files(folder)}
         if missing := [name_of(url) for url in self.urls if name_of(url) not in names]:
             raise FileNotFoundError(

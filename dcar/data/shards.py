@@ -24,6 +24,9 @@ from dcar.data.storage import exists, join, name_of, read_bytes, write_atomicall
 from dcar.errors import DataError
 
 MANIFEST, SIZES = "manifest.json", "sizes.npz"
+WORK = ".build"  # folder in an output folder: what only an unfinished build needs
+RECORDS = ".progress"  # the same of predictions
+BEGUN = "begun"  # in it: shards of this folder may lack a record, and are made again
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,12 @@ def _manifest(folder: str | Path) -> dict[str, Any]:
         return {**manifest, "shards": list(manifest["shards"])}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{url} is no manifest: {error!r}") from error
+
+
+def is_unfinished(folder: str) -> bool:
+    """Whether a build or predictions have begun to write there: no manifest yet."""
+    marks = (WORK, f"{RECORDS}/{BEGUN}")
+    return not exists(join(folder, MANIFEST)) and any(exists(join(folder, m)) for m in marks)
 
 
 def read_manifest(folder: str | Path) -> dict[str, ShardEntry]:

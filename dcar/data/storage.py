@@ -102,7 +102,8 @@ def expand(
 ) -> list[str]:
     """Files from paths or URLs, globs ('*.tar') or brace patterns ('{000000..000003}.tar').
 
-    Local files and globs are looked up; a remote URL without a '*' is taken at its word.
+    Local files and globs are looked up; a remote URL without a '*' is taken at its word. A file
+    that several patterns match is given once.
     Raises ValueError for a scheme that is not one of `schemes` (`pipe:` runs a shell and is only
     taken where it is named), FileNotFoundError naming the pattern that matches nothing.
     """
@@ -119,7 +120,7 @@ def expand(
                     hint = f": it is a folder; its shards are {join(pattern, '*.tar')}"
                 raise FileNotFoundError(f"no file at {shown(pattern)}{origin}{hint}")
             files.extend(found)
-    return files
+    return list(dict.fromkeys(files))
 
 
 def exists(url: str | Path) -> bool:

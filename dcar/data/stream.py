@@ -9,7 +9,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -307,6 +307,7 @@ class ShardStream(IterableDataset):
         except BadSample as reason:
             bad[str(reason)] += 1
             return None
+        sample = replace(sample, place="/".join(map(str, place)))
         if self.cache:
             self._samples[place, shape] = sample
         return sample

@@ -25,3 +25,10 @@ class StrictHeader(tarfile.TarInfo):
         if header.size < 0 or (header.type in _LONG_NAMES and header.size > MAX_LONG_NAME):
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "StrictHeader":
+        header = super().fromtarfile(tarfile_)
+        if header.size < 0:  # by a PAX record, of which `frombuf` knows nothing
+            raise tarfile.ReadError(f"{header.name} has {header.size} bytes")
+        return header

@@ -66,8 +66,8 @@ class MaskedARGenerator(BaseModule):
         ValueError without a residual head.
     scale_batches: batches that measure the residual's standard deviation before the first step,
         at this resolution, unless the head was built with a scale.
-    cache_tokens: tokenise each image of a set once; needs a transform without randomness, and keys
-        that differ within the set (a mixture is one set).
+    cache_tokens: tokenise each image of a set once; needs a transform without randomness. Batches
+        without a `place` are taken by their keys, which must then differ within the set.
     val_names: of the validation sets in order; cross-entropy with right and shuffled captions is
         logged for each (not with `head_alone`), gFID for the first, from `fid_images` samples (0
         for none).
@@ -252,7 +252,7 @@ class MaskedARGenerator(BaseModule):
         image = batch["image"]
         if self.cache is None:
             return self._encode(image)
-        keys = [f"{self._split}/{key}" for key in batch["key"]]
+        keys = [f"{self._split}/{place}" for place in batch.get("place", batch["key"])]
         if rows := self.cache.missing(keys):
             self.cache.put([keys[row] for row in rows], *self._encode(image[rows]))
         return self.cache.get(keys, image.device)

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dcar.data.cache import ShardCache
 from dcar.data.index import ShardIndex
 from dcar.data.members import BadSample, Raw
-from dcar.data.shards import ShardEntry, read_manifest, read_splits, split_of
+from dcar.data.shards import ShardEntry, is_unfinished, read_manifest, read_splits, split_of
 from dcar.data.storage import expand, join, local_path, name_of, parent
 from dcar.data.stores import filesystem, is_remote, shown, with_retries
+from dcar.errors import DataError
 
 Batch = dict[str, Any]
 Decode = Callable[[Raw], dict[str, Any]]  # raises BadSample; its entry "key" names the sample
@@ -55,7 +56,8 @@ def find_sources(urls: str | Path | Iterable[str | Path]) -> list[Source]:
 
     A shard's split is the manifest's word, else what its name tells (`split_of`).
     Raises FileNotFoundError for a pattern that matches nothing, ValueError where two shards of
-    different folders have one name: their outputs would.
+    different folders have one name (their outputs would), DataError where a folder's are still
+    being made.
     """
     found: dict[str, str] = {}
     for url in expand(urls):
@@ -63,6 +65,8 @@ def find_sources(urls: str | Path | Iterable[str | Path]) -> list[Source]:
         if other != url:
             raise ValueError(f"{other} and {url} have the same name, so their outputs would too")
     folders = {parent(url) for url in found.values()}
+    if unfinished := sorted(folder for folder in folders if is_unfinished(folder)):
+        raise DataError(f"{unfinished[0]} is not finished: run what makes it again")
     entries = {folder: read_manifest(folder) for folder in folders}
     splits = {folder: read_splits(folder) for folder in folders}
     return [

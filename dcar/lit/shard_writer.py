@@ -18,7 +18,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dcar.data.build_folder import changes
 from dcar.data.members import Raw
-from dcar.data.shards import MANIFEST, ShardEntry, ShardWriter, write_manifest
+from dcar.data.shards import (
+    BEGUN,
+    MANIFEST,
+    RECORDS,
+    ShardEntry,
+    ShardWriter,
+    write_manifest,
+)
 from dcar.data.storage import (
     exists,
     is_remote,
@@ -37,8 +44,6 @@ from dcar.errors import DataError, Interrupted
 from dcar.lit.last_checkpoint import STOP_SIGNALS
 from dcar.lit.shard_reader import Source
 
-RECORDS = ".progress"  # folder in the output folder
-BEGUN = "begun"  # in it: shards of this folder may lack a record, and are made again
 SAMPLES_BEFORE_JUDGING = 1000  # a rate of bad samples means nothing on fewer
 
 Settings = Mapping[str, Any]
@@ -52,11 +57,6 @@ def judge(dropped: Counter[str], tried: int, max_bad: float) -> None:
             f"{dropped.total()} of {tried} samples could not be used, more than the limit of "
             f"{max_bad:.1%} ({reasons})"
         )
-
-
-def is_unfinished(folder: str) -> bool:
-    """Whether predictions are being written there: no manifest yet."""
-    return exists(join(join(folder, RECORDS), BEGUN)) and not exists(join(folder, MANIFEST))
 
 
 def differing(ours: Any, theirs: Any) -> list[str]:

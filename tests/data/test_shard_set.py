@@ -365,6 +365,16 @@ def test_caption_shards_that_are_not_there_are_named(shards, tmp_path):
         ShardSet(shards / "s*.tar", captions=tmp_path)
 
 
+def test_captions_of_two_shards_of_one_name_cannot_be_told_apart(tmp_path):
+    for folder in ("a", "b", "captions"):
+        (tmp_path / folder).mkdir()
+        write_shards([row("k0000")], tmp_path / folder, "s", 1)
+    urls = [tmp_path / folder / "s-000000.tar" for folder in ("a", "b")]
+    assert len(ShardSet(urls).urls) == 2
+    with pytest.raises(ValueError, match=r"captions: .*a/s-000000.tar and .*b/s-000000.tar have"):
+        ShardSet(urls, captions=tmp_path / "captions")
+
+
 def test_a_page_in_place_of_a_shard_does_not_stay_in_the_cache(shards, tmp_path):
     copy = tmp_path / "served"
     copy.mkdir()

@@ -67,6 +67,11 @@ def test_braces_and_globs_become_local_files(tmp_path):
     assert expand(f"file://{tmp_path}/train-*.tar") == files[:2]
 
 
+def test_a_file_of_several_patterns_comes_once(tmp_path):
+    files = touch(tmp_path, "a-0.tar", "a-1.tar")
+    assert expand([files[1], f"{tmp_path}/a-*.tar", files[0]]) == [files[1], files[0]]
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path):
     (file,) = touch(tmp_path, "[a].tar")
     assert expand(file) == [file]

@@ -12,10 +12,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dcar.data.loader import ShardLoader
 from dcar.data.samples import Sample
 from dcar.data.shard_set import ShardSet
+from dcar.data.shards import write_shards
 from dcar.data.stream import Part, ShardStream
 from dcar.data.transforms import ImageTransform
 from dcar.errors import DataError
-from tests.shards import UNEVEN, build, keys, other, same, stream
+from tests.shards import UNEVEN, build, keys, other, row, same, stream
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,19 @@ def shards(tmp_path_factory) -> Path:
 
 def test_a_batch_holds_the_documented_keys_and_shapes(shards):
     batch = next(iter(ShardLoader(stream(shards))))
-    assert set(batch) == {"key", "image", "caption"}
+    assert set(batch) == {"key", "place", "image", "caption"}
     assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.uint8
     assert batch["caption"] == [f"picture {key}" for key in batch["key"]]
+
+
+def test_samples_of_one_key_in_two_shards_differ_by_their_places(tmp_path):
+    for name in ("s0", "s1"):
+        write_shards([row("k0000"), row("k0001")], tmp_path, name, 2)
+    part = Part(ShardSet(tmp_path / "*.tar"))
+    for cache in (False, True, True):
+        batches = list(stream(None, mixture={"a": part, "b": part}, batch_size=8, cache=cache))
+        assert set(batches[0]["key"]) == {"k0000", "k0001"}
+        assert len(set(batches[0]["place"])) == 8
 
 
 def test_without_a_manifest_the_shards_are_counted(shards, tmp_path):

@@ -253,7 +253,7 @@ def tokens(folder: Path) -> Path:
 def test_shards_of_tokens_give_batches_of_tokens(tmp_path):
     loader = ShardLoader(stream(tokens(tmp_path), shuffle=False))
     batch = list(loader)[1]
-    assert set(batch) == {"key", "caption", "ids", "residual", "text", "text_mask"}
+    assert set(batch) == {"key", "place", "caption", "ids", "residual", "text", "text_mask"}
     assert batch["ids"].shape == (3, 2, 2) and batch["ids"].dtype == torch.int64
     assert batch["residual"].shape == (3, 4, 2, 2) and batch["residual"].dtype == torch.float32
     assert batch["ids"][:, 0, 0].tolist() == [3, 4, 5]

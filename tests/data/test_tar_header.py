@@ -47,3 +47,10 @@ def test_a_negative_size_does_not_walk_backwards():
     info.size = -BLOCK
     with pytest.raises(tarfile.ReadError, match="a header of -512"):
         opened(info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK))
+
+
+def test_nor_does_one_of_a_pax_record():
+    info = tarfile.TarInfo("k.txt")
+    info.pax_headers = {"size": str(-3 * BLOCK)}
+    with pytest.raises(tarfile.ReadError, match=r"k\.txt has -1536 bytes"):
+        opened(info.tobuf(tarfile.PAX_FORMAT) + bytes(2 * BLOCK))

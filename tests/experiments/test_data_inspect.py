@@ -65,6 +65,14 @@ def test_an_unfinished_build_exits_with_3(folder: Path, capsys) -> None:
     assert "holds an unfinished build" in capsys.readouterr().err
 
 
+def test_so_do_unfinished_predictions(folder: Path, capsys) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / ".progress").mkdir()
+    (folder / ".progress" / "begun").touch()
+    assert main(["--exp=data/verify", f"in={folder}", "processes=1"]) == 3
+    assert f"{folder} is not finished" in capsys.readouterr().err
+
+
 def test_a_changed_shard_exits_with_3_and_is_named(folder: Path, capsys, tmp_path: Path) -> None:
     path = folder / "train-000001.tar"
     whole = path.read_bytes()

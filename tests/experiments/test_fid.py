@@ -99,13 +99,15 @@ def test_pictures_that_cannot_be_compared_are_named(
     assert not (tmp_path / "fid.json").exists()
 
 
+# as eval/generate and data/build leave them when they are stopped
+@pytest.mark.parametrize("mark", [".progress/begun", ".build/settings.json"])
 def test_a_set_that_is_not_finished_is_not_measured(
-    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mark: str, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_pictures(tmp_path / "drawn", DRAWN)
     (folder / "manifest.json").unlink()
-    (folder / ".progress").mkdir()
-    (folder / ".progress" / "begun").touch()  # as eval/generate leaves it when it is stopped
+    (folder / mark).parent.mkdir()
+    (folder / mark).touch()
     assert fid(sets, tmp_path / "fid.json", f"generated={folder}/*.tar") == 3
     assert f"generated: {folder} is not finished" in capsys.readouterr().err
 

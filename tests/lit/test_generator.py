@@ -87,7 +87,7 @@ def test_cached_tokens_are_those_of_the_tokenizer() -> None:
 def test_of_a_batch_only_images_not_seen_yet_are_tokenised() -> None:
     module = toy_masked_generator(cache_tokens=True)
     module._trainer = toy_trainer(1)
-    images = [ToyImages(4)[index] for index in range(4)]
+    images = [ToyImages(4)[index] | {"key": "a", "place": str(index)} for index in range(4)]
     module.on_after_batch_transfer(dict(collate(images[:2])), 0)
     encoder, seen = module.tokenizer.module.encoder, []
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))

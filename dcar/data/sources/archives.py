@@ -107,8 +107,6 @@ def read_picture(url: str) -> bytes | None:
 def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (info := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-        if info.size < 0:
-            raise tarfile.ReadError(f"{info.name} has {info.size} bytes")
         if info.isreg() and not info.issparse():
             yield info
 
