@@ -81,10 +81,11 @@ def drawings(folder: ShardSet, group: str, count: int, side: int, seed: int) -> 
     chosen = random.Random(seed).sample(places, min(count, len(places)))
     asked = []
     for place in sorted(chosen):
-        raw = folder.read(*place)
+        with folder.required(*place):
+            raw = folder.read(*place)
+            caption, picture = read_caption(raw, required=True), resized(image_bytes(raw), side)
         style, _, slug = str(raw["__key__"]).partition("/")
-        picture = resized(image_bytes(raw), side)
-        asked.append(Asked(group, read_caption(raw, required=True), (slug,), style, picture))
+        asked.append(Asked(group, caption, (slug,), style, picture))
     return asked
 
 
@@ -115,7 +116,10 @@ def retrieved(config: DictConfig, asked: Sequence[Asked], side: int) -> list[Ima
     """Of each prompt, the training picture with the nearest caption."""
     train: ShardSet = build(config.data.train)
     places = list(places_of(train))
-    captions = [read_caption(train.read(*place), required=True) for place in places]
+    captions = []
+    for place in places:
+        with train.required(*place):
+            captions.append(read_caption(train.read(*place), required=True))
     nearest = Retrieval(captions).nearest([one.caption for one in asked])
     return [resized(image_bytes(train.read(*places[row])), side) for row in nearest]
 

@@ -35,6 +35,15 @@ OF_DATA = (
     "caption_weights",
     "cut_captions",
 )
+# Keys that only some choices of other parts read.
+OF_PARTS = (
+    "lpips_vgg",
+    "revival_decay",
+    "residual_width",
+    "residual_depth",
+    "residual_repeats",
+    "residual_full_precision",
+)
 OPTIONS = ("exp", "ckpt")  # of the command line, with dashes
 OF_SEVERAL_KINDS = ("compile", "trainer.devices")  # whose users check them
 # What keys take that are null by default.
@@ -283,17 +292,37 @@ def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str])
 
 def _check_use(name: str, config: DictConfig, overrides: Sequence[str]) -> None:
     """Nothing is given that the experiment would ignore: data it does not read, parts of a base."""
-    text = OmegaConf.to_yaml(config)
+    texts = dict.fromkeys(OF_PARTS, OmegaConf.to_yaml(config))
+    texts |= dict.fromkeys(OF_DATA, _text_of_data(config))
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key in OF_DATA and value != "null" and not _reads(text, key):
-            choices = [p.stem for p in sorted((CONFIGS / "data").glob("*.yaml"))]
-            readers = [c for c in choices if _reads((CONFIGS / f"data/{c}.yaml").read_text(), key)]
-            hint = " or data=".join(readers)
-            raise ConfigError(f"{key} is not read by the data of {name}; data={hint} reads it")
+        if key in texts and value != "null" and not _reads(texts[key], key):
+            what = "the data" if key in OF_DATA else "any part"
+            hint = " or ".join(_readers(key))
+            raise ConfigError(f"{key} is not read by {what} of {name}; {hint} reads it")
         part = key.partition("/")[0]
         if (CONFIGS / key).is_dir() and value != "null" and config.get(part, "") is None:
             raise ConfigError(f"{key}={value}: {name} takes its {key} from what it starts from")
+
+
+def _text_of_data(config: DictConfig) -> str:
+    """What the data are made from, with the keys that these read."""
+    text = OmegaConf.to_yaml(config.get("data") or config)
+    for key in OF_DATA:
+        if key in config and _reads(text, key):
+            text += OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key]))
+    return text
+
+
+def _readers(key: str) -> list[str]:
+    """Choices of components that read a key, as on the command line."""
+    files = sorted(p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml"))
+    parts = [path for path in files if path.parts[0] != EXPERIMENTS.name]
+    return [
+        f"{path.parent.as_posix()}={path.stem}"
+        for path in parts
+        if _reads((CONFIGS / path).read_text(), key)
+    ]
 
 
 def _reads(text: str, key: str) -> bool:

@@ -1,11 +1,9 @@
 """The task of `--exp=data/build`: the pictures of a source to shards, or what that would give."""
 
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import islice
@@ -36,20 +34,6 @@ NUMBERS: dict[str, type | tuple[type, ...]] = {
     "max_aspect": (int, float),
 }
 LOOKED_AT = 64  # records that an estimate rests on
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, with exit code 143."""
-
-    def end(signum: int, frame: Any) -> None:
-        sys.exit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def absolute(path: str) -> str:
@@ -115,18 +99,17 @@ def build(config: DictConfig, options: RunOptions) -> Report | None:
             return None
         progress = ProgressLine()
         try:
-            with terminable():
-                report = build_shards(
-                    task,
-                    described=describe(config.source),
-                    distributor=distributor,
-                    progress=progress,
-                    near_duplicates=config.near_duplicates,
-                    skip_broken=config.skip_broken,
-                )
+            report = build_shards(
+                task,
+                described=describe(config.source),
+                distributor=distributor,
+                progress=progress,
+                near_duplicates=config.near_duplicates,
+                skip_broken=config.skip_broken,
+            )
         finally:
             progress.close()
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise
     print_report(task, report)

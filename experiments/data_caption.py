@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from dcar.lit.captioning import NO_CAPTION, CaptionPredictor, PictureDecoder
 from dcar.models.captioner import Captioner, Prompt
 from experiments.config import ConfigError
-from experiments.predict import open_sources, predict_shards
+from experiments.predict import check_precision, open_sources, predict_shards
 from experiments.run import RunOptions
 
 
@@ -25,6 +25,7 @@ def read_prompts(prompts: dict[str, Any]) -> dict[str, Prompt]:
 def caption(config: DictConfig, options: RunOptions) -> None:
     """Caption every picture of `in` once for each prompt."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    check_precision(config, "dtype")
     sources, prompts = open_sources(config), read_prompts(plain["prompts"])
     decode = PictureDecoder(max_side=config.max_side)
     captioner = Captioner(config.model, dtype=config.dtype, generation=plain["generation"])

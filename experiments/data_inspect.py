@@ -138,7 +138,9 @@ def stats_table(summary: Mapping[str, Any]) -> Table:
 
 def stats_rows(split: Mapping[str, Any]) -> dict[str, str]:
     """What the table says of one split: row -> words."""
-    rows = {"shards": f"{split['shards']:,}", "samples": f"{split['samples']:,}"}
+    rows = {"shards": f"{split['shards']:,}", "samples": "not counted"}
+    if split["samples"] is not None:
+        rows["samples"] = f"{split['samples']:,}"
     if split["looked"] != split["samples"]:
         rows["looked at"] = f"{split['looked']:,}"
     rows["size"] = size_text(split["bytes"])

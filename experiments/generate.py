@@ -16,7 +16,7 @@ from dcar.models.checkpoints import Model
 from dcar.models.fingerprint import fingerprint
 from dcar.pipeline import DCARPipeline
 from experiments.config import at_least
-from experiments.predict import open_sources, predict_shards
+from experiments.predict import check_precision, open_sources, predict_shards
 from experiments.run import RunOptions
 from experiments.sample import open_model
 
@@ -76,6 +76,7 @@ class PicturePredictor(LightningModule):
 def generate(config: DictConfig, options: RunOptions) -> None:
     """Draw every caption of `in` once. Raises ValueError naming a setting that cannot be used."""
     at_least(config, 0, "seed")
+    check_precision(config, "precision")
     sources = open_sources(config)
     model = open_model(config)
     names = ("steps", "guidance", "height", "width")

@@ -14,7 +14,7 @@ from dcar.data.wording import amount
 from dcar.lit.shard_reader import Decode, ShardReading, Source, find_sources
 from dcar.lit.shard_writer import Progress, ShardPredictionWriter
 from experiments.components import build
-from experiments.config import check_local
+from experiments.config import ConfigError, check_local
 from experiments.run import RunOptions
 from experiments.strategy import device_count, make_trainer, resolve_accelerator
 from experiments.train import resolve_precision
@@ -46,6 +46,13 @@ def check_out(out: str, sources: Sequence[Source]) -> None:
             same = local_path(out).resolve() == local_path(folder).resolve()
         if same:
             raise ValueError(f"out={out} holds the input, whose shards would be replaced")
+
+
+def check_precision(config: DictConfig, key: str) -> None:
+    """Raises ConfigError for a precision of the trainer: that of the work is `key`."""
+    if config.trainer.precision != "32-true":
+        given = config.trainer.precision
+        raise ConfigError(f"trainer.precision={given}: here {key} says it ({key}={config[key]})")
 
 
 def open_sources(config: DictConfig) -> list[Source]:

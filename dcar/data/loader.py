@@ -63,8 +63,11 @@ def death_of_worker(error: RuntimeError) -> DataError | None:
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """Errors of data workers as DataError in their own words, without torch's traceback."""
+def told_plainly(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
+    """Errors of data workers as DataError in their own words, without torch's traceback.
+
+    workers: those that may die, where they are known.
+    """
     try:
         yield
     except DataError as error:
@@ -73,10 +76,14 @@ def told_plainly() -> Iterator[None]:
         if (death := death_of_worker(error)) is None:
             raise
         raise death from error
+    except (ConnectionError, EOFError) as error:  # it died while a batch was handed over
+        raise DataError(name_the_dead(workers)) from error
 
 
 def name_the_dead(workers: Sequence[BaseProcess]) -> str:
     """The sentence that tells which of the workers is gone, waiting a moment for its exit."""
+    if not workers:
+        return "a process that reads data has died"
     ended = wait([worker.sentinel for worker in workers], timeout=5)  # before it can be reaped
     dead = [w.pid for w in workers if w.sentinel in ended or not w.is_alive()]
     pids = ", ".join(map(str, dead or [worker.pid for worker in workers]))
@@ -145,11 +152,8 @@ class ShardLoader(DataLoader):
 
     @staticmethod
     def _next(batches: Iterator[Batch]) -> Batch | None:
-        try:
-            with told_plainly():
-                return next(batches, None)
-        except (ConnectionError, EOFError) as error:  # it died while a batch was handed over
-            raise DataError(name_the_dead(getattr(batches, "_workers", []))) from error
+        with told_plainly(getattr(batches, "_workers", [])):
+            return next(batches, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data. epoch, batches: handed out in it on this rank. units: taken by all ranks

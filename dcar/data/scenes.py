@@ -143,13 +143,15 @@ def read_drawings(shards: ShardSet, concepts: str | Path) -> list[Drawing]:
     """All drawings of shards whose keys are `style/slug`, in the shards' order.
 
     concepts: a json list with `slug`, `phrase`, `category` and `keywords` of each.
-    Raises ValueError for a drawing that it does not know.
+    Raises ValueError for a drawing that it does not know, DataError for one that cannot be read.
     """
     known = {concept["slug"]: concept for concept in json.loads(Path(concepts).read_text())}
     found = []
     for shard, count in enumerate(shards.counts):
         for position in range(count):
-            raw = shards.read(shard, position)
+            with shards.required(shard, position):
+                raw = shards.read(shard, position)
+                picture = image_bytes(raw)
             key = str(raw["__key__"])
             style, _, slug = key.partition("/")
             if slug not in known:
@@ -161,7 +163,7 @@ def read_drawings(shards: ShardSet, concepts: str | Path) -> list[Drawing]:
                 concept["category"],
                 tuple(concept["keywords"]),
             )
-            found.append(Drawing(key, subject, image_bytes(raw)))
+            found.append(Drawing(key, subject, picture))
     return found
 
 

@@ -152,7 +152,8 @@ def holds_captions(raw: Raw) -> bool:
 def sample_problems(
     raw: Raw, *, captioned: bool | None = None, size: tuple[int, int] | None = None
 ) -> list[str]:
-    """Every reason for which a stream would skip this sample; empty when it is good.
+    """Every reason for which a stream would skip this sample, and a class or json that cannot be
+    read, of which streams need none; empty when all is good.
 
     captioned: whether words are required; None: unless the sample has a class or tokens.
     size: (width, height) in pixels that sizes.npz promises.

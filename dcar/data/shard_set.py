@@ -6,6 +6,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,14 @@ class ShardSet:
             raise BadSample("lost with its shard")
         return _read(index, position, self.urls[shard])
 
+    @contextmanager
+    def required(self, shard: int, position: int) -> Iterator[None]:
+        """Within it a sample that cannot be used is a DataError that names it."""
+        try:
+            yield
+        except BadSample as reason:
+            raise DataError(f"{self.urls[shard]}: sample {position}: {reason}") from reason
+
     def captions(self, shard: int, key: str) -> dict[str, str]:
         """Further captions of a sample, by name, from the caption shards."""
         found: dict[str, str] = {}
@@ -194,7 +203,9 @@ class ShardSet:
             index = self.shards.get(url, None)
             if index:
                 for position in range(min(len(index), 100)):
-                    found |= set(caption_names(_read(index, position, url).get("json", b"")))
+                    with suppress(BadSample):  # told where it is read
+                        raw = _read(index, position, url)
+                        found |= set(caption_names(raw.get("json", b"")))
         return found
 
     def prepare(self, shard: int, first: int, stop: int) -> None:

@@ -76,6 +76,7 @@ class ShardWriter:
             self._file = _Hashed(stack.enter_context(write_atomically(self.url)))
             file: Any = self._file  # as much of a file as tarfile asks for
             self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
+            stack.push(self._end)
             self._stack = stack.pop_all()
         return self
 
@@ -99,16 +100,18 @@ class ShardWriter:
         self._tar.addfile(info, io.BytesIO(data))
         self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
 
+    def _end(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The archive's last blocks, where nothing went wrong; what fails here is cleaned up."""
+        if kind is None:
+            self._tar.close()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._tar.close()
-        with self._stack:
-            self._stack.__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)
         digest = self._file.digest.hexdigest()
         self.entry = ShardEntry(name_of(self.url), self.samples, self._file.size, digest)
 

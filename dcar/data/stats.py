@@ -39,12 +39,14 @@ log = logging.getLogger(__name__)
 class ShardStats:
     """What was counted in one shard. sizes: (width, height) in pixels, int32 (pictures, 2).
 
-    words, caption_bytes: of each caption, int32 (captions,). size: of the file in bytes.
+    samples: looked at, is_whole: which are all that there are. size: of the file in bytes.
+    words, caption_bytes: of each caption, int32 (captions,).
     skipped: samples that a stream would not use, by reason.
     """
 
     name: str
     samples: int = 0
+    is_whole: bool = True
     size: int = 0
     sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
     words: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -82,8 +84,8 @@ class _Tally:
         if "cls" in raw:
             try:
                 self.classes[int(raw["cls"])] += 1
-            except ValueError as error:
-                raise BadSample("broken cls") from error
+            except ValueError:  # no stream reads it
+                self.formats["broken cls"] += 1
 
     def _add_caption(self, raw: Raw) -> None:
         optional = "cls" in raw or "ids.npy" in raw
@@ -144,13 +146,15 @@ def measure_shard(
     """
     tally, check = _Tally(captioned=captioned, sizes=sizes), ShardCheck(name_of(url))
     with open_read(str(url)) as stream:
-        size = stream.seek(0, io.SEEK_END)
+        size, is_whole = stream.seek(0, io.SEEK_END), True
         stream.seek(0)
         try:
             with open_tar(ShardFile(stream)) as tar:
-                for raw in islice(tar_samples(tar, check, deep=True), samples):
+                rest = tar_samples(tar, check, deep=True)
+                for raw in islice(rest, samples):
                     tally.add(raw)
                     advance(1, sum(map(len, raw.values())))
+                is_whole = samples is None or next(rest, None) is None
         except Exception as error:  # tarfile raises many kinds for what is no tar
             log.warning("the rest of %s is lost: %s", url, error)
     for reason in ("member twice", "member too large"):
@@ -163,6 +167,7 @@ def measure_shard(
     return ShardStats(
         name=check.name,
         samples=tally.samples,
+        is_whole=is_whole,
         size=size,
         sizes=np.array(tally.sizes, np.int32).reshape(-1, 2),
         words=words,
@@ -177,13 +182,14 @@ def measure_shard(
 class SplitStats:
     """The shards of one split together; the arrays are those of ShardStats.
 
-    samples: in its shards by the manifest, else by counting. looked: of those looked at.
+    samples: in its shards by the manifest, else by counting; None where neither tells, as only the
+    first of each shard were looked at. looked: of those looked at.
     dropped: left out when the shards were built, by reason.
     """
 
     split: str
     shards: int
-    samples: int
+    samples: int | None
     looked: int
     bytes: int
     sizes: np.ndarray
@@ -212,11 +218,12 @@ def _together(
     dropped: Mapping[str, int],
 ) -> SplitStats:
     shards = sorted(shards, key=lambda shard: shard.name)
+    are_known = all(shard.is_whole or shard.name in listed for shard in shards)
     samples = [listed[s.name].samples if s.name in listed else s.samples for s in shards]
     return SplitStats(
         split=split,
         shards=len(shards),
-        samples=sum(samples),
+        samples=sum(samples) if are_known else None,
         looked=sum(shard.samples for shard in shards),
         bytes=sum(shard.size for shard in shards),
         sizes=np.concatenate([shard.sizes for shard in shards]),

@@ -104,7 +104,10 @@ def _by_reason(stats: Stats) -> dict[str, dict[str, int]]:
 
 def panels(stats: Stats) -> list[Draw]:
     """What there is to draw: a set without captions has no panel of their lengths."""
-    samples = {split.split: {split.split: split.samples} for split in stats.splits}
+    samples = {
+        split.split: {split.split: split.looked if split.samples is None else split.samples}
+        for split in stats.splits
+    }
     formats: dict[str, dict[str, int]] = {}
     for split in stats.splits:
         for name, count in split.formats.items():

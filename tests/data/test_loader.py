@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data._utils import signal_handling
 
 from dcar.data.buckets import Buckets
-from dcar.data.loader import ShardLoader, death_of_worker, name_the_dead
+from dcar.data.loader import ShardLoader, death_of_worker, name_the_dead, told_plainly
 from dcar.data.transforms import ImageTransform
 from dcar.errors import DataError
 from tests.shards import UNEVEN, build, everything, keys, loader_of, same, stream, take
@@ -304,6 +304,12 @@ def test_only_the_death_of_a_worker_is_taken_for_one():
     )
     for other in ("CUDA out of memory", "Caught RuntimeError in DataLoader worker process 0. ..."):
         assert death_of_worker(RuntimeError(other)) is None
+
+
+@pytest.mark.parametrize("broken", [EOFError, ConnectionResetError])
+def test_a_batch_that_breaks_off_is_a_dead_worker_s(broken):
+    with pytest.raises(DataError, match="^a process that reads data has died$"), told_plainly():
+        raise broken
 
 
 def test_of_several_workers_the_dead_one_is_named():

@@ -19,6 +19,7 @@ from dcar.data.shard_set import ShardSet
 from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import Part, ShardStream
 from dcar.data.transforms import ImageTransform
+from dcar.errors import DataError
 
 SIDE = 32
 STYLES = {"flat style", "3d style"}
@@ -59,6 +60,15 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scenes(folder: Path, **options) -> SceneSet:
     given = {"concepts": folder / "concepts.json", "scenes": 101, "side": SIDE} | options
     return SceneSet(str(folder / "train-*.tar"), **given)
+
+
+def test_a_drawing_that_cannot_be_read_is_named(drawings: Path, tmp_path: Path) -> None:
+    for path in drawings.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shard = tmp_path / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:600])  # in the picture of its first sample
+    with pytest.raises(DataError, match=r"train-000001.tar: sample \d: lost with its shard"):
+        scenes(tmp_path).read(0, 0)
 
 
 def test_a_scene_is_the_same_whenever_and_wherever_it_is_drawn(drawings: Path) -> None:

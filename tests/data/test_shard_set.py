@@ -1,6 +1,7 @@
 """Shard sets: any sample of any shard, what manifests say, files that belong to one process."""
 
 import gc
+import io
 import json
 import logging
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import pickle
 import resource
 import shutil
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -349,6 +351,17 @@ def test_names_of_captions_are_those_of_the_first_samples_not_of_one_alone(shard
     write_shards(rows, tmp_path, "s0", 3)
     data = ShardSet(shards / "s0*.tar", captions=tmp_path)
     assert data.caption_names() == {"own", "long", "short"}
+
+
+def test_a_caption_shard_with_a_bad_sample_still_has_names(shards, tmp_path):
+    good = json.dumps({"captions": {"long": "words"}}).encode()
+    with tarfile.open(tmp_path / "s0-000000.tar", "w") as tar:
+        for name in ("k0000.json", "k0000.json", "k0001.json"):
+            info = tarfile.TarInfo(name)
+            info.size = len(good)
+            tar.addfile(info, io.BytesIO(good))
+    data = ShardSet(shards / "s0*.tar", captions=tmp_path)
+    assert data.caption_names() == {"own", "long"}
 
 
 HALF = b'{"captions": {"a": "\\ud83d cat"}}'  # a character

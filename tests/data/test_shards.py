@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,17 @@ def test_a_full_disk_leaves_neither_shard_nor_leftovers(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         write_shards(samples(3), tmp_path, "train", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nor_does_one_that_is_full_when_the_archive_ends(tmp_path, monkeypatch):
+    def full(tar: tarfile.TarFile) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "close", full)
+    writer = ShardWriter(tmp_path / "train-000000.tar")
+    with pytest.raises(OSError, match="no space"), writer:
+        writer.write(samples(1)[0])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -90,7 +90,6 @@ def test_sizes_that_are_known_are_not_read_again(folder: Path) -> None:
         ({"txt": b"words", "png": b"<html>"}, "broken image"),
         ({"txt": b"\xff", "png": picture(8, 8)}, "caption is not UTF-8"),
         ({"png": picture(8, 8)}, "no caption"),
-        ({"png": picture(8, 8), "cls": b"cat"}, "broken cls"),
     ],
 )
 def test_what_a_stream_would_skip_is_counted_by_reason(members, reason, tmp_path: Path) -> None:
@@ -121,6 +120,21 @@ def test_the_first_samples_of_each_shard_stand_for_a_large_set(folder: Path) -> 
     assert train.sizes.tolist() == [[40, 20], [30, 60], [8, 8]]
     with pytest.raises(ValueError, match="samples is 0"):
         collect(folder, samples=0)
+
+
+def test_samples_beyond_those_looked_at_are_not_counted_without_a_manifest(tmp_path: Path) -> None:
+    write_shards([sample(key, txt=b"x", cls=b"1") for key in "abcd"], tmp_path, "train", 3)
+    train = split_of(tmp_path, samples=2)
+    assert (train.samples, train.looked) == (None, 3)
+    for limit in (3, None):  # the larger shard holds three
+        assert split_of(tmp_path, samples=limit).samples == 4
+
+
+def test_a_class_that_is_no_number_is_counted_and_costs_nothing_else(tmp_path: Path) -> None:
+    write_shards([sample("a", cls=b"dog", txt=b"a dog", **{"ids.npy": b"."})], tmp_path, "train", 1)
+    train = split_of(tmp_path)
+    assert train.formats == {"broken cls": 1, "tokens": 1}
+    assert len(train.words) == 1 and not train.skipped and not train.classes
 
 
 def test_words_may_be_required_of_all(folder: Path) -> None:

@@ -58,6 +58,26 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override: str, message:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("finetune/lora", ["init_from=mini", "data=emoji", "data_root=a"], "data_root is not read"),
+        ("mini/decoder", ["data_root=a"], "data_root is not read by the data of mini/decoder"),
+        ("quickstart/stage1", ["lpips_vgg=a"], "; criterion=reconstruction reads it"),
+        ("smoke/stage1", ["tokenizer/quantizer=simvq", "revival_decay=0.9"], "quantizer=vq reads"),
+        ("mini/generator", ["generator/residual_head=none", "residual_width=8"], "=flow reads it"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(name: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(name, overrides)
+
+
+def test_a_key_that_the_data_read_through_another_is_taken() -> None:
+    config = load_config("finetune/lora", ["init_from=mini", "data_root=mine"])
+    assert config.train_urls.startswith("mine/")
+
+
 def test_shards_of_one_s_own_must_be_named() -> None:
     with pytest.raises(ConfigError, match="^train_urls must be given: add train_urls=VALUE$"):
         load_config("smoke/pretrain_256", ["data=shards", "val_urls=x"])

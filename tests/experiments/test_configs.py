@@ -38,7 +38,9 @@ GROUPS = [p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml") if "experiment
 
 
 def load(name: str, *overrides: str):
-    given = ["data_root=x"] if "${data_root}" in _text(name) else []
+    from experiments.config import _compose, _text_of_data
+
+    given = ["data_root=x"] if "${data_root}" in _text_of_data(_compose(name, [])) else []
     return load_config(name, [*GIVEN.get(name, []), *given, *overrides])
 
 

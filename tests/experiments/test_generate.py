@@ -95,6 +95,7 @@ def test_other_settings_need_another_folder(
         ("seed=-1", "seed=-1 must be at least 0"),
         ("steps=0", "steps 0 is not an integer"),
         ("precision=half", "precision='half' must be one of"),
+        ("trainer.precision=bf16-mixed", "here precision says it (precision=float32)"),
         ("ckpt=nothing", "ckpt=nothing is no checkpoint"),
         ("height=9", "height=9 must be a positive multiple"),
     ],
