@@ -77,8 +77,8 @@ class DCARPipeline:
         height, width: pixels, multiples of the tokenizer's downsampling; the training size if None.
         on_step: called with (step, ids, newly fixed) after each unmasking step of each batch.
 
-        Raises ValueError naming the argument that cannot be used, NonFiniteError for pictures that
-        hold a NaN.
+        Raises ValueError naming the argument that cannot be used, NonFiniteError where a NaN
+        went into a picture.
         """
         if not isinstance(prompts, Iterable):
             raise ValueError(f"prompts {prompts!r} is no text and no sequence of texts")
@@ -99,8 +99,9 @@ class DCARPipeline:
         for part in chunks(len(prompts), batch_size):
             tokens = self.tokens(prompts[part], seeds=seeds[part], **options)
             pictures = self.decode(tokens)
-            if not bool(pictures.isfinite().all()):
-                raise NonFiniteError(f"pictures with NaN in them: {self._advice()}")
+            assert tokens.is_finite is not None
+            if not bool(pictures.isfinite().all() & tokens.is_finite):  # waits for the device once
+                raise NonFiniteError(f"pictures made of NaN: {self._advice()}")
             images += map(to_pil, pictures)
         return images
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcar.errors import NonFiniteError
 from dcar.models.checkpoints import load_model
+from dcar.models.sampler import SamplerSettings
 from dcar.pipeline import DCARPipeline
 from tests.toys import SIZE, toy_model
 
@@ -103,6 +104,14 @@ def test_pictures_with_nan_in_them_are_an_error_that_says_what_to_do() -> None:
     assert DCARPipeline(model)("a cat")
     with pytest.raises(NonFiniteError, match="take precision=bfloat16 or float32"):
         DCARPipeline(model, precision="float16")("a cat")
+
+
+def test_so_are_those_of_codes_that_were_drawn_from_nan() -> None:
+    model = toy_model()
+    model.sampler = SamplerSettings(steps=2, residual_refinement=False)
+    model.generator.transformer.output.bias.data[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="made of NaN: look at the weights"):
+        DCARPipeline(model)("a cat")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])

@@ -95,7 +95,7 @@ class ReconstructionGrid(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         if self.fixed is None:
-            self.fixed = batch["image"][: self.images]
+            self.fixed = batch["image"][: self.images].clone()  # not the whole batch
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -132,7 +132,7 @@ class SampleGrid(Callback):
 
 
 class CodebookHistogram(Callback):
-    """How often the codes are used over the validation sets, most used first."""
+    """How many codes are used how often over the validation sets."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         board = writer(trainer)

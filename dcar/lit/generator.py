@@ -291,7 +291,7 @@ class MaskedARGenerator(BaseModule):
             terms["explained"] = self._explained(batch, text, text_mask)
         else:
             others = self._others(text, text_mask)
-            wrong = self._validation_losses(batch, *others, batch_idx)
+            wrong = self._validation_losses(batch, *others, batch_idx, tokens_alone=True)
             terms["token_shuffled"] = wrong["token"]
         for key, value in terms.items():
             self.log(
@@ -310,25 +310,19 @@ class MaskedARGenerator(BaseModule):
         others = text.roll(1, 0), text_mask.roll(1, 0)
         if len(text) == 1 and self._neighbour is not None:
             others = self._neighbour
-        self._neighbour = text[-1:], text_mask[-1:]
+        self._neighbour = text[-1:].clone(), text_mask[-1:].clone()
         return others
 
     def _validation_losses(
-        self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int
+        self, batch: dict[str, Any], text: Tensor, text_mask: Tensor, batch_idx: int, **how: Any
     ) -> dict[str, Tensor]:
         draws = Draws(batch_idx, self.device, rank=self.global_rank, world=self.trainer.world_size)
-        return self._terms(batch, text, text_mask, draws, caption_drop=0.0)
+        return self._terms(batch, text, text_mask, draws, caption_drop=0.0, **how)
 
-    def _terms(
-        self, batch: dict[str, Any], *given: Any, caption_drop: float | None = None
-    ) -> dict[str, Tensor]:
-        """The generator's losses; given: text, its mask, and the draws."""
+    def _terms(self, batch: dict[str, Any], *given: Any, **how: Any) -> dict[str, Tensor]:
+        """The generator's losses; given: text, its mask, and the draws. how: they are taken."""
         return self.generator.losses(
-            batch["ids"],
-            batch["residual"],
-            *given,
-            caption_drop=caption_drop,
-            head_alone=self.head_alone,
+            batch["ids"], batch["residual"], *given, head_alone=self.head_alone, **how
         )
 
     def _explained(self, batch: dict[str, Any], text: Tensor, text_mask: Tensor) -> Tensor:

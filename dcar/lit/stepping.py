@@ -174,7 +174,7 @@ class SteppingModule(LightningModule):
             self._step(active)
 
     def _reduced_over_ranks(self, is_step: bool) -> AbstractContextManager[None]:
-        """Only the last backward pass of a step sends gradients to the other ranks."""
+        """With DDP only the last backward pass of a step sends gradients to the other ranks."""
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel) and not is_step:
             return model.no_sync()

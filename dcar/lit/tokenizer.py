@@ -107,6 +107,11 @@ class TokenizerModule(BaseModule):
         return [self.criterion, *self.metrics.values()]
 
     def on_train_start(self) -> None:
+        stream = getattr(self.trainer.train_dataloader, "stream", None)
+        if "quantizer" in self.trainable and stream is not None and stream.buckets:
+            raise ValueError(
+                "codes are learned from pictures of one shape: no data.train.buckets here"
+            )
         quantizer = self.network.quantizer
         if self.kmeans_vectors and self.global_step == 0 and not self.is_dry_run:
             if isinstance(quantizer, VectorQuantizer):

@@ -150,10 +150,11 @@ def load_tokenizer(
     CheckpointError where neither stage 2 nor stage 3 wrote the checkpoint.
     """
     if Path(path).is_dir():
-        tokenizer = load_model(path).tokenizer
-        if into is not None:
-            load_strictly(into, tokenizer.state_dict(), source=path)
-        return into or tokenizer, FINISHED
+        tokenizer = into
+        if tokenizer is None:
+            tokenizer = _built(_read_config(Path(path)), "tokenizer").eval().requires_grad_(False)
+        _load_part(tokenizer, Path(path), "tokenizer")
+        return tokenizer, FINISHED
     checkpoint = read_checkpoint(path)
     module = checkpoint["dcar"]["module"]
     if module not in TOKENIZER_MODULES:
@@ -183,12 +184,27 @@ class Model:
 
 
 def build_model(config: Mapping[str, Any]) -> Model:
-    """Parts from plain data with keys tokenizer, generator, text_encoder, sampler, size."""
+    """Parts from plain data with keys tokenizer, generator, text_encoder, sampler, size.
+
+    Raises CheckpointError naming the key that is missing or that nothing can be built from.
+    """
     missing = sorted({*PARTS, "sampler", "size"} - set(config))
     if missing:
         raise CheckpointError(f"the model's config lacks {missing}")
-    parts = {part: build(config[part]) for part in PARTS}
-    return Model(**parts, sampler=build(config["sampler"]), config=dict(config))
+    if not isinstance(config["size"], int):
+        raise CheckpointError(f"the model's config: size {config['size']!r} is no integer")
+    parts = {part: _built(config, part) for part in (*PARTS, "sampler")}
+    return Model(**parts, config=dict(config))
+
+
+def _built(config: Mapping[str, Any], part: str) -> Any:
+    try:
+        found = build(config[part])
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the model's config: {part}: {error}") from error
+    if not isinstance(found, SamplerSettings if part == "sampler" else nn.Module):
+        raise CheckpointError(f"the model's config: {part} is {found!r}")
+    return found
 
 
 def is_saved(text_encoder: nn.Module) -> bool:
@@ -251,6 +267,16 @@ def load_model(folder: str | Path) -> Model:
     Raises CheckpointError saying what is wrong.
     """
     folder = model_folder(folder)
+    model = build_model(_read_config(folder))
+    for part in PARTS:
+        module = getattr(model, part)
+        if part != "text_encoder" or is_saved(module):
+            _load_part(module, folder, part)
+        module.eval().requires_grad_(False)
+    return model
+
+
+def _read_config(folder: Path) -> Any:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -261,14 +287,12 @@ def load_model(folder: str | Path) -> Model:
         ) from error
     if isinstance(config, dict):
         config.pop("lineage", None)  # of these weights, not of what is made of them
-    model = build_model(config)
-    for part in PARTS:
-        module = getattr(model, part)
-        if part != "text_encoder" or is_saved(module):
-            path = folder / f"{part}.safetensors"
-            try:
-                load_strictly(module, load_file(path), source=path)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
-        module.eval().requires_grad_(False)
-    return model
+    return config
+
+
+def _load_part(module: nn.Module, folder: Path, part: str) -> None:
+    path = folder / f"{part}.safetensors"
+    try:
+        load_strictly(module, load_file(path), source=path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -69,6 +69,7 @@ class HybridGenerator(nn.Module):
         *,
         caption_drop: float | None = None,
         head_alone: bool = False,
+        tokens_alone: bool = False,
     ) -> dict[str, Tensor]:
         """Scalars `loss`, `token`, `accuracy` and, with a residual head, `residual`.
 
@@ -84,7 +85,7 @@ class HybridGenerator(nn.Module):
 
         head_alone: `loss` and `residual` alone, the same one: of the residual head, over all
         positions of this batch, with no token masked, as a finished transformer shows a picture in
-        sampling with `residual_condition="extra_forward"`.
+        sampling with `residual_condition="extra_forward"`. tokens_alone: without the residual's.
         """
         drop = self.caption_drop if caption_drop is None else caption_drop
         if head_alone:
@@ -96,7 +97,7 @@ class HybridGenerator(nn.Module):
         text = self._drop_captions(text, drop, draws)
         output = self.transformer(self._hide(ids, mask), text, text_mask)
         loss, terms = self._token_terms(output.logits, ids.flatten(1), mask, masked)
-        if self.residual_head is None:
+        if self.residual_head is None or tokens_alone:
             return {"loss": loss, **terms}
         term = self._residual_term(residual, ids, output, mask, masked, draws)
         own = term if self.residual_positions == "all" else term * masked / mask.sum()

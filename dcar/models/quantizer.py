@@ -18,7 +18,7 @@ from dcar.models.precision import without_autocast
 
 REVIVAL_SHARPNESS = 10.0  # arXiv 2307.15139
 ENTROPY_TEMPERATURE = 0.01  # arXiv 2412.02692
-HASH_FACTORS = (2654435761, 40503)  # Knuth's multiplicative hash: strides prime to any batch
+HASH_FACTORS = (2654435761, 40503)  # Knuth's multiplicative hash, and a shift from step to step
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ class VectorQuantizer(Quantizer):
     def carry_over(self, average: "VectorQuantizer") -> None:
         """A revived code is another one: in an averaged quantizer it begins anew where it is."""
         if self.revived is not None:
-            average.codebook[self.revived] = self.codebook[self.revived]
+            moved = torch.where(self.revived[:, None], self.codebook, average.codebook)
+            average.codebook.copy_(moved)  # a mask as an index would wait for the device
 
     def _revive(self, vectors: Tensor) -> None:
         """vectors (M, C): latents of the step's whole batch, in the order of one process."""

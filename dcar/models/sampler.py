@@ -22,10 +22,14 @@ OnStep = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the tokenizer decodes: ids (B, H, W) int64 and residual (B, C, H, W) fp32 or None."""
+    """What the tokenizer decodes: ids (B, H, W) int64 and residual (B, C, H, W) fp32 or None.
+
+    is_finite: where they were drawn, a bool on the device: whether the logits held no NaN.
+    """
 
     ids: Tensor
     residual: Tensor | None
+    is_finite: Tensor | None = None
 
 
 class _Captioned:
@@ -171,11 +175,11 @@ def sample(
     start = torch.full(shape, transformer.mask_id, device=text.device)
     if initial_ids is not None:
         start = initial_ids.to(text.device, torch.long)
-    ids, hidden, hidden_uncond = _unmask(
+    ids, hidden, hidden_uncond, is_finite = _unmask(
         generator, text, text_mask, start, noise, settings, on_step
     )
     if head is None:
-        return Tokens(ids, None)
+        return Tokens(ids, None, is_finite)
     residual = head.sample(
         hidden,
         noise=noise,
@@ -193,7 +197,7 @@ def sample(
         residual = torch.where(
             keep.to(residual.device)[:, None], initial_residual.to(residual), residual
         )
-    return Tokens(ids, residual)
+    return Tokens(ids, residual, is_finite)
 
 
 def draw_residual(
@@ -234,8 +238,9 @@ def _unmask(
     noise: ImageNoise,
     settings: SamplerSettings,
     on_step: OnStep | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids (B, H, W), and the hidden states (B, N, D) that the residual head reads: c and u."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Ids (B, H, W), the hidden states (B, N, D) that the residual head reads, c and u, and whether
+    all logits were finite: of NaN ids are made as of any other numbers."""
     batch, height, width = start.shape
     mask_id = generator.transformer.mask_id
     ids = start.flatten(1)  # (B, N)
@@ -248,9 +253,11 @@ def _unmask(
     uniform = noise.rand(settings.steps, 2, height * width)  # (B, T, 2, N)
     rows = 2 if settings.guides_residual else 1  # that the residual head reads of an image
     hidden: list[Tensor] = [ids] * batch
+    is_finite = torch.ones((), dtype=torch.bool, device=ids.device)
     for step in range(len(plan)):
         visible = ids.masked_fill(masked, mask_id).view_as(start)
         output = model(visible, is_guided=plan.is_guided[step])
+        is_finite &= output.logits.amax(2).isfinite().all()  # the largest is NaN where any is
         was_masked = masked
         ids, masked = unmask_step(
             output, ids, masked, plan, step, uniform[:, step], (height, width), settings
@@ -265,4 +272,4 @@ def _unmask(
         output = model(ids, is_guided=settings.guides_residual)
         hidden = [output.hidden[image::batch] for image in range(batch)]
     stacked = torch.stack(hidden, dim=1)  # (1 or 2, B, N, D)
-    return ids, stacked[0], stacked[1] if len(stacked) == 2 else None
+    return ids, stacked[0], stacked[1] if len(stacked) == 2 else None, is_finite

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from dcar.data.buckets import Buckets
 from dcar.data.shards import write_manifest, write_shards
 from dcar.data.stream import ShardStream
 from dcar.data.transforms import ImageTransform
 from dcar.errors import CheckpointError
 from dcar.lit.datamodule import ShardDataModule
-from tests.toys import ROOT
+from tests.toys import ROOT, SIZE, toy_stage, toy_trainer
 
 NAMES = ("val", "heldout")  # not as the alphabet has them
 
@@ -41,6 +42,14 @@ def test_validation_loaders_come_in_the_order_of_their_names() -> None:
     sizes = [sum(len(batch["key"]) for batch in loader) for loader in (val, heldout)]
     assert sizes == [sum(val.stream.counts), sum(heldout.stream.counts)]
     assert sizes[0] != sizes[1]
+
+
+def test_codes_are_not_learned_from_pictures_of_several_shapes() -> None:
+    pictures = data()
+    pictures.train_stream.keywords.update(buckets=Buckets(area=SIZE, multiple=16), batch_size=2)
+    with pytest.raises(ValueError, match="codes are learned from pictures of one shape"):
+        toy_trainer(1).fit(toy_stage(2), datamodule=pictures)
+    toy_trainer(1).fit(toy_stage(1), datamodule=pictures)
 
 
 def test_each_loader_has_a_stream_and_as_many_workers_of_its_own() -> None:

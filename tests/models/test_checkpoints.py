@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,40 @@ def test_a_config_without_a_part_is_refused_by_name() -> None:
     del config["generator"]
     with pytest.raises(CheckpointError, match="generator"):
         build_model(config)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "named"),
+    [
+        ("generator", {"bogus": 1}, "generator: .*bogus"),
+        ("generator", {"caption_drop": 7}, "generator: caption_drop"),
+        ("sampler", {"steps": 0}, "sampler: steps"),
+        ("sampler", None, "sampler is None"),
+        ("tokenizer", None, "tokenizer is None"),
+        ("size", "x", "size 'x' is no integer"),
+    ],
+)
+def test_what_nothing_can_be_built_from_is_named(part: str, wrong: Any, named: str) -> None:
+    config = model_config()
+    config[part] = config[part] | wrong if isinstance(wrong, dict) else wrong
+    with pytest.raises(CheckpointError, match=f"the model's config: {named}"):
+        build_model(config)
+
+
+def test_of_a_model_folder_the_tokenizer_alone_is_read(tmp_path: Path) -> None:
+    model = toy_model()
+    save_model(model, tmp_path)
+    for name in ("generator.safetensors", "text_encoder.safetensors"):
+        (tmp_path / name).unlink()
+    config = json.loads((tmp_path / "config.json").read_text()) | {"text_encoder": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = model.tokenizer.state_dict()
+    for into in (None, toy_tokenizer()):
+        tokenizer, _ = load_tokenizer(tmp_path, into)
+        assert into is None or tokenizer is into
+        assert all(torch.equal(tensor, wanted[n]) for n, tensor in tokenizer.state_dict().items())
+    with pytest.raises(CheckpointError):
+        load_model(tmp_path)
 
 
 def test_a_pickle_payload_is_not_executed(tmp_path: Path) -> None:

@@ -208,6 +208,18 @@ def test_the_head_alone_learns_from_whole_pictures() -> None:
     assert dropped["loss"] != expected
 
 
+def test_without_the_residual_s_term_the_others_are_the_same() -> None:
+    generator, given = build().eval(), data()
+    with torch.no_grad():
+        whole = generator.losses(*given, Draws(0), caption_drop=0.0)
+        alone = generator.losses(*given, Draws(0), caption_drop=0.0, tokens_alone=True)
+    assert alone.keys() == whole.keys() - {"residual"}
+    assert all(torch.equal(alone[name], whole[name]) for name in ("token", "accuracy"))
+    torch.testing.assert_close(
+        alone["loss"], whole["loss"] - generator.residual_weight * whole["residual"]
+    )
+
+
 def test_the_residual_loss_can_be_kept_to_masked_positions() -> None:
     generator, (ids, residual, text, text_mask) = build(residual_positions="masked"), data()
     mask = generator._draw_mask(ids, Draws(0)).view_as(ids)[:, None]
