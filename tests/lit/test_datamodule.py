@@ -45,8 +45,8 @@ def test_validation_loaders_come_in_the_order_of_their_names() -> None:
 
 
 def test_codes_are_not_learned_from_pictures_of_several_shapes() -> None:
-    pictures = data()
-    pictures.train_stream.keywords.update(buckets=Buckets(area=SIZE, multiple=16), batch_size=2)
+    shapes = {"buckets": Buckets(area=SIZE, multiple=16), "batch_size": 2}
+    pictures = ShardDataModule(train=partial(stream("val", shuffle=True), **shapes), val={})
     with pytest.raises(ValueError, match="codes are learned from pictures of one shape"):
         toy_trainer(1).fit(toy_stage(2), datamodule=pictures)
     toy_trainer(1).fit(toy_stage(1), datamodule=pictures)
