@@ -31,11 +31,11 @@ sample: $(STAMP)  ## a picture of PROMPT by the shipped model: make sample PROMP
 train-mini: $(STAMP)  ## train the shipped model anew, from nothing; goes on where it was stopped
 	$(BIN)/python -m experiments.run --exp=mini outputs=$(OUTPUTS) $(SETTINGS)
 
-# tests/experiments has the longest files: first, so that no core is left alone with one at the end
-test: test-fast  ## every test, the slow ones too; at the end README.md's commands in their order
+# the longest files first (one core is with README.md's commands as long as another is with all
+# the rest), so that none is left alone with one at the end
+test: test-fast  ## every test, the slow ones too, README.md's commands among them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder \
-		--ignore=tests/test_readme.py tests/experiments tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_readme.py
+		tests/test_readme.py tests/experiments tests
 
 test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto

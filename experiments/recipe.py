@@ -41,6 +41,11 @@ def is_base_there(settings: DictConfig) -> bool:
 def recipe(config: DictConfig, options: RunOptions) -> None:
     """Run what is not done yet; each run goes on from its own last checkpoint."""
     runs = list(config.steps)
+    for run in runs:  # what one of them cannot take is told before the first
+        try:
+            settings_of(config, run)
+        except ConfigError as error:
+            raise ConfigError(f"{config.recipe}/{run}: {error}") from error
     for number, run in enumerate(runs, start=1):
         settings = settings_of(config, run)
         rank_zero_info(f"[{number}/{len(runs)}] {settings.exp}: {settings.max_steps} steps")

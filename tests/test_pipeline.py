@@ -1,5 +1,6 @@
 """Prompt to picture: arguments, seeds, batches, saving."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from dcar.errors import NonFiniteError
 from dcar.models.checkpoints import load_model
 from dcar.models.sampler import SamplerSettings
 from dcar.pipeline import DCARPipeline
-from tests.toys import SIZE, toy_model
+from tests.toys import ROOT, SIZE, toy_model
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,20 @@ def test_so_are_those_of_codes_that_were_drawn_from_nan() -> None:
     model.generator.transformer.output.bias.data[3] = torch.nan
     with pytest.raises(NonFiniteError, match="made of NaN: look at the weights"):
         DCARPipeline(model)("a cat")
+
+
+def test_a_picture_is_edited_as_the_page_says() -> None:
+    pipeline, prompts = DCARPipeline.from_pretrained("mini"), ["a sunflower, 3d style"]
+    image = pipeline.decode(pipeline.tokens(["a red apple, 3d style"], seeds=[1], grid=(8, 8)))
+    page = (ROOT / "docs/method.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    named = {"pipeline": pipeline, "prompts": prompts, "image": image}
+    exec(block, named)
+    latents, tokens = named["latents"], named["tokens"]
+    assert torch.equal(tokens.ids[:, 4:], latents.ids[:, 4:])
+    assert torch.equal(tokens.residual[:, :, 4:], latents.residual[:, :, 4:])
+    assert not torch.equal(tokens.ids[:, :4], latents.ids[:, :4])
+    assert named["image"].shape == image.shape
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])

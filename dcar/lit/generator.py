@@ -117,6 +117,8 @@ class MaskedARGenerator(BaseModule):
         self.metrics = Frozen(metrics()) if fid_images else None
         head = generator.residual_head
         self.token_splits: set[str] = set()  # those whose tokens have facts
+        if head is not None and sampler.residual_refinement:  # not as late as in a validation
+            head.check_sampling(steps=sampler.residual_steps, clip=sampler.residual_clip)
         self.measures_scale = head is not None and not bool(torch.isfinite(head.scale))
         self.tokenizer_from, self.tokenizer_module = tokenizer_from, "random weights"
         if tokenizer_from is not None:

@@ -1,7 +1,6 @@
 """Shard sets: any sample of any shard, what manifests say, files that belong to one process."""
 
 import gc
-import io
 import json
 import logging
 import multiprocessing
@@ -9,7 +8,6 @@ import os
 import pickle
 import resource
 import shutil
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from dcar.data.members import BadSample
 from dcar.data.shard_set import ShardSet, caption_names
 from dcar.data.shards import ShardEntry, write_manifest, write_shards
 from dcar.errors import DataError
+from tests.layouts import tar_bytes
 from tests.servers import ALWAYS, Fault, FaultyServer
 from tests.shards import UNEVEN, build, row
 
@@ -355,13 +354,9 @@ def test_names_of_captions_are_those_of_the_first_samples_not_of_one_alone(shard
 
 def test_a_caption_shard_with_a_bad_sample_still_has_names(shards, tmp_path):
     good = json.dumps({"captions": {"long": "words"}}).encode()
-    with tarfile.open(tmp_path / "s0-000000.tar", "w") as tar:
-        for name in ("k0000.json", "k0000.json", "k0001.json"):
-            info = tarfile.TarInfo(name)
-            info.size = len(good)
-            tar.addfile(info, io.BytesIO(good))
-    data = ShardSet(shards / "s0*.tar", captions=tmp_path)
-    assert data.caption_names() == {"own", "long"}
+    members = [(f"{key}.json", good) for key in ("k0000", "k0000", "k0001")]
+    (tmp_path / "s0-000000.tar").write_bytes(tar_bytes(members))
+    assert ShardSet(shards / "s0*.tar", captions=tmp_path).caption_names() == {"own", "long"}
 
 
 HALF = b'{"captions": {"a": "\\ud83d cat"}}'  # a character
@@ -380,12 +375,9 @@ def test_caption_shards_that_are_not_there_are_named(shards, tmp_path):
 
 def test_captions_of_two_shards_of_one_name_cannot_be_told_apart(tmp_path):
     for folder in ("a", "b", "captions"):
-        (tmp_path / folder).mkdir()
         write_shards([row("k0000")], tmp_path / folder, "s", 1)
-    urls = [tmp_path / folder / "s-000000.tar" for folder in ("a", "b")]
-    assert len(ShardSet(urls).urls) == 2
     with pytest.raises(ValueError, match=r"captions: .*a/s-000000.tar and .*b/s-000000.tar have"):
-        ShardSet(urls, captions=tmp_path / "captions")
+        ShardSet(tmp_path / "{a,b}/s-*.tar", captions=tmp_path / "captions")
 
 
 def test_a_page_in_place_of_a_shard_does_not_stay_in_the_cache(shards, tmp_path):

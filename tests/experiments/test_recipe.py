@@ -11,6 +11,7 @@ import pytest
 
 from experiments.config import load_config
 from experiments.recipe import settings_of
+from experiments.run import main
 from tests.toys import ROOT
 
 RUNS = ("stage1", "stage2", "stage3", "generator_32", "generator_64")
@@ -37,6 +38,15 @@ def test_what_the_recipe_says_goes_before_what_a_training_s_own_file_says() -> N
     assert (settings.max_steps, settings.warmup_steps, settings.seed) == (40, warmup_steps, 3)
     assert (settings.outputs, settings.batch_size, settings.size) == ("there", 2, 32)
     assert settings_of(recipe, "stage1").max_steps != 40
+
+
+def test_what_a_later_training_cannot_take_is_told_before_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swap = "overrides=tokenizer/quantizer=simvq"  # not for mini/decoder, the last
+    assert main(["--exp=mini", f"outputs={tmp_path}/out", swap]) == 2
+    assert "error: mini/decoder: unknown key 'tokenizer/quantizer'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def start(folder: Path, *steps: str) -> subprocess.Popen:

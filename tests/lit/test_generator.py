@@ -18,6 +18,7 @@ from dcar.lit.last_checkpoint import LastCheckpoint
 from dcar.models.checkpoints import save_model
 from dcar.models.sampler import draw_residual
 from dcar.models.text_encoder import ByteT5TextEncoder
+from dcar.models.unmasking import SamplerSettings
 from tests.prediction_toys import make_tokens, write_pictures
 from tests.toys import (
     SIZE,
@@ -71,31 +72,6 @@ def test_tokens_of_pictures_that_are_cut_at_random_are_not_cached(shards: Path) 
     pictures.train_stream.keywords["transform"] = ImageTransform(SIZE, flip=True)
     with pytest.raises(ValueError, match="cut or mirrored at random"):
         toy_trainer(1).fit(module, datamodule=pictures)
-
-
-def test_cached_tokens_are_those_of_the_tokenizer() -> None:
-    module = toy_masked_generator(cache_tokens=True)
-    module._trainer = toy_trainer(1)
-    batch = collate([ToyImages(4)[index] for index in range(4)])
-    first = module.on_after_batch_transfer(dict(batch), 0)
-    module.tokenizer.module.encoder = None  # from now on only the cache can answer
-    second = module.on_after_batch_transfer(dict(batch), 0)
-    assert torch.equal(first["ids"], second["ids"])
-    assert torch.equal(first["residual"], second["residual"])
-
-
-def test_of_a_batch_only_images_not_seen_yet_are_tokenised() -> None:
-    module = toy_masked_generator(cache_tokens=True)
-    module._trainer = toy_trainer(1)
-    images = [ToyImages(4)[index] | {"key": "a", "place": str(index)} for index in range(4)]
-    module.on_after_batch_transfer(dict(collate(images[:2])), 0)
-    encoder, seen = module.tokenizer.module.encoder, []
-    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    mixed = module.on_after_batch_transfer(dict(collate(images[::-1])), 0)
-    assert seen == [2]  # rows 0 and 1 of this batch are images 3 and 2
-    alone = module.tokenizer.encode(collate(images[::-1])["image"])
-    assert torch.equal(mixed["ids"], alone.ids)
-    torch.testing.assert_close(mixed["residual"], alone.residual.half().float(), rtol=0, atol=1e-3)
 
 
 def test_shards_that_hold_tokens_are_not_tokenised_again() -> None:
@@ -398,3 +374,10 @@ def test_captions_that_do_not_fit_the_transformer_are_refused(changes: dict, mes
     encoder = ByteT5TextEncoder(**{"dim": 8, "layers": 1, "heads": 2, "max_tokens": 16} | changes)
     with pytest.raises(ValueError, match=f"ByteT5TextEncoder gives .*{message}"):
         toy_masked_generator(text_encoder=encoder)
+
+
+def test_a_sampler_that_the_head_cannot_follow_is_refused_before_any_step() -> None:
+    with pytest.raises(ValueError, match="residual_steps 2000 is above the head's 1000"):
+        toy_masked_generator(sampler=SamplerSettings(residual_steps=2000))
+    codes_alone = SamplerSettings(residual_steps=2000, residual_refinement=False)
+    assert toy_masked_generator(sampler=codes_alone).sampler == codes_alone
