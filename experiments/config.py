@@ -239,8 +239,10 @@ def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
     if found := re.search(r"Could not override '([^']+)'", message):
         parent = found[1].rpartition(".")[0]
         known = [*flat_keys(base), *(f"{parent}.{name}" for name in _arguments(base, parent))]
-        if found[1] in known:
+        if found[1] in [*known, *_groups()]:
             return f"this experiment has no choice of {found[1]}"
+        if "/" in found[1]:
+            return f"no group {found[1]!r}{nearest(found[1], _groups())}"
         if found[1] in OPTIONS:
             return f"unknown key {found[1]!r}; did you mean --{found[1]}?"
         parts = [name for name in known if found[1] in _arguments(base, name)]
@@ -252,6 +254,12 @@ def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
         options = sorted(p.stem for p in (CONFIGS / found[1]).glob("*.yaml"))
         return f"{found[1]} has no choice {found[2]!r}{nearest(found[2], options)} (has {options})"
     return f"{message[:200]} (overrides: {' '.join(overrides)})"
+
+
+def _groups() -> list[str]:
+    """Kinds of components, as on the command line."""
+    folders = {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
+    return sorted(name for name in folders if name.partition("/")[0] != EXPERIMENTS.name)
 
 
 def _explain_missing(error: OmegaConfBaseException) -> str:

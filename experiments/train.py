@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from dcar.data.storage import write_atomically
+from dcar.errors import CheckpointError
 from dcar.lit.base import BaseModule
 from dcar.lit.board import TensorBoardLogger
 from dcar.lit.callbacks import ConfigText
@@ -104,8 +105,7 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
     if config.module.get("deepen") and config.init_from is None:
         raise ConfigError("module.deepen=true needs init_from, the weights of fewer blocks")
     seed_everything(config.seed, workers=True, verbose=False)
-    if options.dry_run:
-        config = without_missing_weights(config)
+    config = with_weights(config, options)
     datamodule: LightningDataModule = build(config.data)
     module: BaseModule = build(config.module)
     module.plain_config = model_config(config)
@@ -131,7 +131,9 @@ def train(config: DictConfig, options: RunOptions) -> dict[str, float]:
         trainer.validate(module, datamodule=datamodule, verbose=False)
     logged |= trainer.callback_metrics
     metrics = {name: float(value) for name, value in logged.items()}
-    if not options.dry_run and trainer.is_global_zero:
+    if options.dry_run:
+        rank_zero_info(f"dry run: one step of {config.exp} was taken, nothing was written")
+    elif trainer.is_global_zero:
         if isinstance(module, MaskedARGenerator):
             export(module, config)
         write_facts(trainer, module, metrics, config)
@@ -200,12 +202,21 @@ def export(module: MaskedARGenerator, config: DictConfig) -> None:
     save_model(module.model(), folder / "model", lineage=model_lineage(last))
 
 
-def without_missing_weights(config: DictConfig) -> DictConfig:
-    """For a dry run: start from random weights where the run before has not been made yet."""
+def with_weights(config: DictConfig, options: RunOptions) -> DictConfig:
+    """What the training starts from is there; a dry run starts from random weights where it is not.
+
+    Raises CheckpointError naming the key whose checkpoint has not been made yet.
+    """
     config = config.copy()
     for key in ("init_from", "tokenizer_from"):
         path = OmegaConf.select(config, f"module.{key}")
-        if path is not None and not Path(path).exists():
-            rank_zero_info(f"dry run: {path} is not there; {key} is left out")
-            config.module[key] = None
+        if path is None or Path(path).exists():
+            continue
+        if not options.dry_run:
+            raise CheckpointError(
+                f"{key}={config[key]}: there is no checkpoint at {path}: make it first, or name "
+                "another"
+            )
+        rank_zero_info(f"dry run: {path} is not there; {key} is left out")
+        config.module[key] = None
     return config

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -125,3 +126,12 @@ def test_the_makefile_has_the_targets_that_it_and_the_documents_name() -> None:
         promised |= set(re.findall(r"(?:`|^)make ([a-z-]+)", document.read_text(), re.MULTILINE))
     assert {"install", "quickstart", "test", "test-fast", "lint"} <= rules
     assert promised <= rules
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="not installed by make")
+def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path: Path) -> None:
+    """As the clone itself is for a script that lies next to it."""
+    (tmp_path / "dcar").mkdir()
+    command = [ROOT / ".venv/bin/python", "-c", "from dcar import DCARPipeline"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

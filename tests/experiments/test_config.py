@@ -41,6 +41,10 @@ def test_a_file_opens_with_what_it_reproduces_what_it_costs_and_its_command(name
         ("module.gradient_clp=3", "did you mean 'module.gradient_clip'"),
         ("tokenizer/quantizer=simv", "did you mean 'simvq'"),
         ("data=imagenett", "did you mean 'imagenet'"),
+        (
+            "tokenizer/quantiser=simvq",
+            "no group 'tokenizer/quantiser'; did you mean 'tokenizer/quan",
+        ),
         ("max_steps=many", "max_steps=many: expected integer"),
         ("trainer=3", "trainer"),
         ("module.per_image.x=1", "module.per_image"),

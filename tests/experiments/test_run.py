@@ -24,7 +24,11 @@ from tests.toys import ROOT, ToyData, toy_stage, toy_trainer
         (["--exp=quickstart/stag1"], 2, "did you mean 'quickstart/stage1'"),
         ([], 2, "--exp=NAME"),
         (["--exp=quickstart/stage1", "--ckpt=last", "outputs=nowhere"], 2, "no checkpoint at"),
-        (["--exp=quickstart/stage3", "outputs=nowhere"], 2, "no checkpoint at nowhere"),
+        (
+            ["--exp=quickstart/stage3", "outputs=nowhere"],
+            2,
+            "init_from=quickstart/stage2: there is no checkpoint at nowhere/quickstart/stage2/",
+        ),
         (["--exp=smoke/stage1", "module.gradient_clip=a"], 2, "expected number"),
         (["--exp=smoke/stage1", "+module.colour=a"], 2, "colour"),
         (["--exp=smoke/stage1", "data.train.urls=nowhere/*.tar", "outputs=no"], 3, "nowhere"),
