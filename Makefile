@@ -32,11 +32,9 @@ sample: $(STAMP)  ## a picture of PROMPT by the shipped model: make sample PROMP
 train-mini: $(STAMP)  ## train the shipped model anew, from nothing; goes on where it was stopped
 	$(BIN)/python -m experiments.run --exp=mini outputs=$(OUTPUTS) $(SETTINGS)
 
-# the longest files first (one core is with README.md's commands as long as another is with all
-# the rest), so that none is left alone with one at the end
+# in the order of tests/conftest.py
 test: test-fast  ## every test, the slow ones too, README.md's commands among them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder \
-		tests/test_readme.py tests/experiments tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## the tests that take seconds, a process of one thread on each core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
