@@ -11,19 +11,14 @@ import torch
 
 torch.set_num_threads(1)
 
-TESTS = Path(__file__).parent
-# One process is with README.md's commands as long as another is with all the rest.
-LONGEST = ("test_readme.py", "experiments")
+LONGEST = Path(__file__).with_name(
+    "test_readme.py"
+)  # README.md's commands take as long as all other slow tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process is left alone with one at the end."""
-
-    def rank(item: pytest.Item) -> int:
-        first = item.path.relative_to(TESTS).parts[0]
-        return LONGEST.index(first) if first in LONGEST else len(LONGEST)
-
-    items.sort(key=rank)
+    """The longest file first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.path != LONGEST)
 
 
 @pytest.fixture(autouse=True)
