@@ -11,9 +11,8 @@ import torch
 
 torch.set_num_threads(1)
 
-LONGEST = Path(__file__).with_name(
-    "test_readme.py"
-)  # README.md's commands take as long as all other slow tests
+# README.md's commands take as long as all other slow tests.
+LONGEST = Path(__file__).with_name("test_readme.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
