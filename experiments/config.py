@@ -258,8 +258,13 @@ def _explain(message: str, base: DictConfig, overrides: Sequence[str]) -> str:
 
 def _groups() -> list[str]:
     """Kinds of components, as on the command line."""
-    folders = {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
-    return sorted(name for name in folders if name.partition("/")[0] != EXPERIMENTS.name)
+    return sorted({path.parent.as_posix() for path in _choices()})
+
+
+def _choices() -> list[Path]:
+    """Files of components, relative to the folder of all configurations."""
+    files = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
+    return [path for path in files if path.parts[0] != EXPERIMENTS.name]
 
 
 def _explain_missing(error: OmegaConfBaseException) -> str:
@@ -300,17 +305,20 @@ def _check_types(base: DictConfig, config: DictConfig, overrides: Sequence[str])
 
 def _check_use(name: str, config: DictConfig, overrides: Sequence[str]) -> None:
     """Nothing is given that the experiment would ignore: data it does not read, parts of a base."""
-    texts = dict.fromkeys(OF_PARTS, OmegaConf.to_yaml(config))
-    texts |= dict.fromkeys(OF_DATA, _text_of_data(config))
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key in texts and value != "null" and not _reads(texts[key], key):
+        if key in (*OF_DATA, *OF_PARTS) and value != "null" and not _is_read(config, key):
             what = "the data" if key in OF_DATA else "any part"
             hint = " or ".join(_readers(key))
             raise ConfigError(f"{key} is not read by {what} of {name}; {hint} reads it")
         part = key.partition("/")[0]
         if (CONFIGS / key).is_dir() and value != "null" and config.get(part, "") is None:
             raise ConfigError(f"{key}={value}: {name} takes its {key} from what it starts from")
+
+
+def _is_read(config: DictConfig, key: str) -> bool:
+    text = _text_of_data(config) if key in OF_DATA else OmegaConf.to_yaml(config)
+    return _reads(text, key)
 
 
 def _text_of_data(config: DictConfig) -> str:
@@ -324,11 +332,9 @@ def _text_of_data(config: DictConfig) -> str:
 
 def _readers(key: str) -> list[str]:
     """Choices of components that read a key, as on the command line."""
-    files = sorted(p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.yaml"))
-    parts = [path for path in files if path.parts[0] != EXPERIMENTS.name]
     return [
         f"{path.parent.as_posix()}={path.stem}"
-        for path in parts
+        for path in _choices()
         if _reads((CONFIGS / path).read_text(), key)
     ]
 

@@ -322,7 +322,7 @@ class MaskedARGenerator(BaseModule):
         return self._terms(batch, text, text_mask, draws, caption_drop=0.0, **how)
 
     def _terms(self, batch: dict[str, Any], *given: Any, **how: Any) -> dict[str, Tensor]:
-        """The generator's losses; given: text, its mask, and the draws. how: they are taken."""
+        """The generator's losses; given: text, its mask, and the draws. how: further keywords."""
         return self.generator.losses(
             batch["ids"], batch["residual"], *given, head_alone=self.head_alone, **how
         )

@@ -65,9 +65,10 @@ def find_sources(urls: str | Path | Iterable[str | Path]) -> list[Source]:
         if other != url:
             raise ValueError(f"{other} and {url} have the same name, so their outputs would too")
     folders = {parent(url) for url in found.values()}
-    if unfinished := sorted(folder for folder in folders if is_unfinished(folder)):
-        raise DataError(f"{unfinished[0]} is not finished: run what makes it again")
-    entries = {folder: read_manifest(folder) for folder in folders}
+    entries = {folder: read_manifest(folder) for folder in sorted(folders)}
+    for folder, listed in entries.items():
+        if not listed and is_unfinished(folder):
+            raise DataError(f"{folder} is not finished: run what makes it again")
     splits = {folder: read_splits(folder) for folder in folders}
     return [
         Source(url, splits[parent(url)].get(name, split_of(name)), entries[parent(url)].get(name))
